@@ -1,0 +1,69 @@
+//! Why a request could not be done, as the ttrpc status that tells it.
+//!
+//! `NOT_FOUND` and `PERMISSION_DENIED` of CreateContainer and ExecProcess mean
+//! that the program itself is missing or not executable: shells' 127 and 126.
+
+use std::fmt::Display;
+use std::io;
+
+use ttrpc::Code;
+
+/// A ttrpc status code and a sentence.
+#[derive(Debug)]
+pub struct Failure {
+    /// What kind of failure.
+    pub code: Code,
+    /// What was attempted, on what, and why it failed.
+    pub message: String,
+}
+
+/// What most functions of the agent return.
+pub type Outcome<T> = Result<T, Failure>;
+
+impl Failure {
+    /// A failure of the given kind.
+    pub fn new(code: Code, message: impl Into<String>) -> Failure {
+        Failure { code, message: message.into() }
+    }
+
+    /// Something went wrong that the request did not cause.
+    pub fn internal(message: impl Into<String>) -> Failure {
+        Failure::new(Code::INTERNAL, message)
+    }
+
+    /// The request itself makes no sense.
+    pub fn invalid(message: impl Into<String>) -> Failure {
+        Failure::new(Code::INVALID_ARGUMENT, message)
+    }
+
+    /// What the request names does not exist.
+    pub fn not_found(message: impl Into<String>) -> Failure {
+        Failure::new(Code::NOT_FOUND, message)
+    }
+}
+
+impl From<Failure> for ttrpc::Error {
+    fn from(f: Failure) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(f.code, f.message))
+    }
+}
+
+/// Adds what was attempted to an error of the system.
+pub trait Attempt<T> {
+    /// `attempt` reads like `mount proc on /proc`.
+    fn during<S: Display>(self, attempt: impl FnOnce() -> S) -> Outcome<T>;
+}
+
+impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
+    fn during<S: Display>(self, attempt: impl FnOnce() -> S) -> Outcome<T> {
+        self.map_err(|e| {
+            let e: io::Error = e.into();
+            let code = match e.kind() {
+                io::ErrorKind::NotFound => Code::NOT_FOUND,
+                io::ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
+                _ => Code::INTERNAL,
+            };
+            Failure::new(code, format!("{}: {e}", attempt()))
+        })
+    }
+}

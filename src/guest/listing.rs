@@ -1,0 +1,53 @@
+//! ListProcesses: what runs in a container, from /proc.
+
+use std::fs;
+
+use super::cgroup::Cgroup;
+use super::failure::{Failure, Outcome};
+
+/// The pids as a JSON array, or a table.
+pub fn processes(cgroup: &Cgroup, format: &str) -> Outcome<Vec<u8>> {
+    let pids = cgroup.pids();
+    match format {
+        "json" => {
+            let list: Vec<String> = pids.iter().map(|p| p.to_string()).collect();
+            Ok(format!("[{}]", list.join(",")).into_bytes())
+        }
+        "table" | "" => {
+            let mut out = String::from("  PID   UID STAT    RSS(KiB) COMMAND\n");
+            for pid in pids {
+                out.push_str(&row(pid));
+            }
+            Ok(out.into_bytes())
+        }
+        other => Err(Failure::invalid(format!("process list format {other:?}: json or table"))),
+    }
+}
+
+/// A line; empty when the process has just ended.
+fn row(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|l| l.strip_prefix(name))
+            .and_then(|v| v.split_whitespace().next())
+            .unwrap_or("-")
+            .to_string()
+    };
+    if status.is_empty() {
+        return String::new();
+    }
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<_> = raw.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
+    let mut command = words.join(" ").trim_end().to_string();
+    if command.is_empty() {
+        command = format!("[{}]", field("Name:"));
+    }
+    format!(
+        "{pid:>5} {:>5} {:<4} {:>11} {command}\n",
+        field("Uid:"),
+        field("State:"),
+        field("VmRSS:")
+    )
+}

@@ -1,0 +1,73 @@
+//! The guest agent, `vmcache-agent`: PID 1 of a guest.
+//!
+//! ```text
+//! boot ─► reaper ─► channel (serial ports, vsock) ─► service (ttrpc)
+//!                                                      │
+//!                            sandbox ─► container ─► stage (a new process)
+//!                               └─► process, cgroup, network, identity, copy
+//! ```
+//!
+//! It speaks Kata's `grpc.AgentService` and `grpc.Health`. The binary has four
+//! lives, told apart by its arguments: PID 1, the first stage of a container
+//! ([`stage`]), `unpack` of a tar stream, and `--version`.
+//!
+//! Invariants: PID 1 never exits and never panics on a request; every child is
+//! reaped by one thread ([`reaper`]); what a request makes, `RemoveContainer`
+//! or `DestroySandbox` takes away.
+//!
+//! Does not: trust the host less than a guest must (the host owns its memory),
+//! hide one container's existence from another, or fetch images.
+
+mod boot;
+mod capabilities;
+mod cgroup;
+mod channel;
+mod container;
+mod copy;
+mod failure;
+mod identity;
+mod listing;
+mod mounts;
+mod network;
+mod process;
+mod reaper;
+mod sandbox;
+mod service;
+mod stage;
+mod stats;
+mod unpack;
+mod user;
+
+use std::process::exit;
+
+/// Version of the protocol that Health.Version tells, as Kata's agents do.
+pub const PROTOCOL_VERSION: &str = "0.0.1";
+/// Port on which an agent listens where the guest has vsock.
+pub const VSOCK_PORT: u32 = 1024;
+/// Where the agent keeps its sockets and its containers' state.
+pub const RUN_DIR: &str = "/run/vmcache";
+
+/// Runs the life that the arguments name; does not return.
+pub fn main() -> ! {
+    let args: Vec<String> = std::env::args().collect();
+    let words: Vec<&str> = args.iter().skip(1).map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["--version"] => {
+            println!("vmcache-agent {}", env!("CARGO_PKG_VERSION"));
+            exit(0)
+        }
+        ["stage", dir, name] => stage::run(dir, name),
+        ["unpack", target] => unpack::run(target),
+        _ if std::process::id() == 1 => boot::run(),
+        _ => Err(failure::Failure::internal(
+            "vmcache-agent is PID 1 of a guest; `vmcache mkinitrd` packs it into an initramfs",
+        )),
+    };
+    match result {
+        Ok(()) => exit(0),
+        Err(e) => {
+            eprintln!("vmcache-agent: {}", e.message);
+            exit(1)
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The only place for `unsafe` and raw libc: thin, safe wrappers, one file per
+//! part of the system.
+//!
+//! Invariants: every `unsafe` block has its SAFETY line; nothing here decides
+//! anything; errors are `std::io::Error`, for the caller to put into words.
+
+#[cfg(feature = "guest")]
+pub mod guest;
+pub mod process;
+#[cfg(feature = "host")]
+pub mod rpc;
+pub mod terminal;

@@ -1,0 +1,119 @@
+//! Processes: pidfds, fork, kernel start times.
+//!
+//! A pid alone can be reused; a pidfd, or a pid with its start time, can not.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::unistd::ForkResult;
+
+/// Opens a pidfd of a process (Linux 5.3 and later).
+///
+/// # Errors
+/// `ESRCH` when there is no such process.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the system call takes two integers and returns a new fd or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just returned this fd, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Sends a signal to the process behind a pidfd.
+///
+/// # Errors
+/// `ESRCH` when it is gone already.
+pub fn pidfd_kill(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a null siginfo is allowed; the other arguments are integers.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether the process behind a pidfd still runs (a zombie does not).
+pub fn pidfd_alive(pidfd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+}
+
+/// Start time of a process in clock ticks after boot, field 22 of
+/// `/proc/<pid>/stat`: with the pid, an identity that is never reused.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name may hold spaces and brackets; fields count after the last one.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// State letter of a process (`R`, `S`, `T`, `Z` …), field 3 of its stat file.
+pub fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// `fork(2)`.
+///
+/// Only for processes that are still single-threaded: the guest's container
+/// stages call it right after their own exec.
+///
+/// # Errors
+/// As fork(2).
+pub fn fork() -> io::Result<ForkResult> {
+    // SAFETY: the callers are single-threaded (see above), so the child may
+    // allocate and take locks.
+    unsafe { nix::unistd::fork() }.map_err(io::Error::from)
+}
+
+/// Makes a closed pipe end a quiet death, as every Unix filter expects; Rust's
+/// runtime ignores SIGPIPE.
+pub fn default_sigpipe() {
+    // SAFETY: restores the default action, no handler of ours is involved.
+    let _ = unsafe {
+        nix::sys::signal::signal(
+            nix::sys::signal::Signal::SIGPIPE,
+            nix::sys::signal::SigHandler::SigDfl,
+        )
+    };
+}
+
+/// Clock ticks per second, the unit of [`start_time`].
+pub fn ticks_per_second() -> u64 {
+    // SAFETY: sysconf takes an integer and touches no memory of ours.
+    let n = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    u64::try_from(n).unwrap_or(100)
+}
+
+/// Installs a closure that runs between fork and exec of a child.
+///
+/// The closure must be async-signal-safe: it may only make system calls.
+#[cfg(feature = "host")]
+pub fn own_session(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: setsid and close_range are system calls without allocation.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            // CLOEXEC and not close: std's own error pipe must survive until exec.
+            libc::syscall(
+                libc::SYS_close_range,
+                3u32,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,52 @@
+//! Handing connected sockets to gRPC, and asking them who is behind.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use grpcio::{Channel, ChannelBuilder, Server};
+
+/// Gives an accepted connection to a gRPC server and tells the number of its
+/// fd, under which `RpcContext::peer` names it (`fd:N`).
+///
+/// # Errors
+/// As setting the socket non-blocking, without which gRPC would hang silently.
+pub fn serve_connection(server: &mut Server, stream: UnixStream) -> io::Result<i32> {
+    stream.set_nonblocking(true)?;
+    let fd = OwnedFd::from(stream).into_raw_fd();
+    // SAFETY: a connected stream socket, owned by nobody else from here on.
+    unsafe { server.add_channel_from_fd(fd) };
+    Ok(fd)
+}
+
+/// A gRPC channel over a connected socket; `target` becomes its authority.
+///
+/// # Errors
+/// As setting the socket non-blocking.
+pub fn channel_over(
+    builder: ChannelBuilder,
+    target: &str,
+    stream: UnixStream,
+) -> io::Result<Channel> {
+    stream.set_nonblocking(true)?;
+    let fd = OwnedFd::from(stream).into_raw_fd();
+    // SAFETY: a connected stream socket, owned by nobody else from here on.
+    Ok(unsafe { builder.connect_from_fd(target, fd) })
+}
+
+/// Pid, uid and gid of the process that connected a Unix socket.
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32, u32)> {
+    let cred = nix::sys::socket::getsockopt(
+        &stream.as_fd(),
+        nix::sys::socket::sockopt::PeerCredentials,
+    )?;
+    Ok((cred.pid(), cred.uid(), cred.gid()))
+}
+
+/// The number of an fd, to find a connection by what gRPC calls it.
+pub fn number(stream: &UnixStream) -> i32 {
+    stream.as_raw_fd()
+}
