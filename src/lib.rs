@@ -1,7 +1,29 @@
 //! vmcache
-#[cfg(feature = "guest")]
-pub mod guest;
-#[allow(missing_docs)]
 pub mod proto;
 pub mod sys;
 pub mod transport;
+pub mod tree;
+#[cfg(feature = "guest")]
+pub mod guest;
+#[cfg(feature = "host")]
+pub mod agent;
+#[cfg(feature = "host")]
+pub mod cli;
+#[cfg(feature = "host")]
+pub mod config;
+#[cfg(feature = "host")]
+pub mod factory;
+#[cfg(feature = "host")]
+pub mod hypervisor;
+#[cfg(feature = "host")]
+pub mod initrd;
+#[cfg(feature = "host")]
+pub mod report;
+#[cfg(feature = "host")]
+pub mod server;
+#[cfg(feature = "host")]
+pub mod vm;
+#[cfg(feature = "host")]
+pub mod worker;
+#[cfg(feature = "host")]
+pub mod workload;

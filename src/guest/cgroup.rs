@@ -27,6 +27,7 @@ pub fn prepare() -> Outcome<()> {
 }
 
 /// A container's group.
+#[derive(Clone)]
 pub struct Cgroup {
     path: PathBuf,
 }
@@ -37,6 +38,11 @@ impl Cgroup {
         let path = Path::new(PARENT).join(id);
         fs::create_dir(&path).during(|| format!("create cgroup {}", path.display()))?;
         Ok(Cgroup { path })
+    }
+
+    /// The group above all containers'.
+    pub fn all() -> Cgroup {
+        Cgroup { path: PARENT.into() }
     }
 
     /// Its directory.

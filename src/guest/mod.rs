@@ -7,9 +7,9 @@
 //!                               └─► process, cgroup, network, identity, copy
 //! ```
 //!
-//! It speaks Kata's `grpc.AgentService` and `grpc.Health`. The binary has four
+//! It speaks Kata's `grpc.AgentService` and `grpc.Health`. The binary has several
 //! lives, told apart by its arguments: PID 1, the first stage of a container
-//! ([`stage`]), `unpack` of a tar stream, and `--version`.
+//! ([`stage`]), `unpack` and `pack` of tar streams, and `--version`.
 //!
 //! Invariants: PID 1 never exits and never panics on a request; every child is
 //! reaped by one thread ([`reaper`]); what a request makes, `RemoveContainer`
@@ -29,6 +29,7 @@ mod identity;
 mod listing;
 mod mounts;
 mod network;
+mod pack;
 mod process;
 mod reaper;
 mod sandbox;
@@ -58,6 +59,7 @@ pub fn main() -> ! {
         }
         ["stage", dir, name] => stage::run(dir, name),
         ["unpack", target] => unpack::run(target),
+        ["pack", source] => pack::run(source),
         _ if std::process::id() == 1 => boot::run(),
         _ => Err(failure::Failure::internal(
             "vmcache-agent is PID 1 of a guest; `vmcache mkinitrd` packs it into an initramfs",

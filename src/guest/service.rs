@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ttrpc::{Server, TtrpcContext};
 
+use super::cgroup::Cgroup;
 use super::failure::{Failure, Outcome};
 use super::sandbox::{with, Sandbox};
 use super::{copy, identity, listing, network, stats, PROTOCOL_VERSION};
@@ -172,8 +173,8 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         r: StatsContainerRequest,
     ) -> ttrpc::Result<StatsContainerResponse> {
-        let container = answer(self.sandbox.container(&r.container_id))?;
-        Ok(with(&container, |c| stats::read(&c.cgroup)))
+        let group = answer(self.group(&r.container_id))?;
+        Ok(stats::read(&group))
     }
 
     fn pause_container(&self, _: &TtrpcContext, r: PauseContainerRequest) -> ttrpc::Result<Empty> {
@@ -204,9 +205,11 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         r: ListProcessesRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
-        let container = answer(self.sandbox.container(&r.container_id))?;
-        let process_list =
-            answer(with(&container, |c| listing::processes(&c.cgroup, &r.format)))?;
+        let pids = match r.container_id.as_str() {
+            "" => listing::everything(),
+            id => answer(self.group(id))?.pids(),
+        };
+        let process_list = answer(listing::processes(pids, &r.format))?;
         Ok(ListProcessesResponse { process_list, ..ListProcessesResponse::default() })
     }
 
@@ -282,6 +285,15 @@ impl AgentService for Agent {
 }
 
 impl Agent {
+    /// A container's control group; all containers' for an empty id, which
+    /// Kata's agents do not have.
+    fn group(&self, id: &str) -> Outcome<Cgroup> {
+        match id {
+            "" => Ok(Cgroup::all()),
+            id => self.sandbox.container(id).map(|c| with(&c, |c| c.cgroup.clone())),
+        }
+    }
+
     fn read(&self, r: ReadStreamRequest, stderr: bool) -> ttrpc::Result<ReadStreamResponse> {
         let process = self.sandbox.process(&r.container_id, &r.exec_id);
         let data = answer(process.and_then(|p| p.read(stderr, r.len)))?;

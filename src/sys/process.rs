@@ -96,24 +96,51 @@ pub fn ticks_per_second() -> u64 {
     u64::try_from(n).unwrap_or(100)
 }
 
-/// Installs a closure that runs between fork and exec of a child.
-///
-/// The closure must be async-signal-safe: it may only make system calls.
+/// Gives a child a session of its own and no fd of ours but 0 to 2 and `keep`;
+/// with `leased`, it is killed when the thread that starts it ends.
 #[cfg(feature = "host")]
-pub fn own_session(command: &mut std::process::Command) {
+pub fn own_session(command: &mut std::process::Command, keep: BorrowedFd<'_>, leased: bool) {
     use std::os::unix::process::CommandExt;
-    // SAFETY: setsid and close_range are system calls without allocation.
+    let keep = keep.as_raw_fd();
+    // SAFETY: setsid, prctl, close_range and fcntl are async-signal-safe system calls
+    // and nothing here allocates.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             nix::unistd::setsid()?;
+            if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                return Err(io::Error::last_os_error());
+            }
             // CLOEXEC and not close: std's own error pipe must survive until exec.
-            libc::syscall(
-                libc::SYS_close_range,
-                3u32,
-                u32::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            );
+            let flags = libc::CLOSE_RANGE_CLOEXEC;
+            if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, flags) < 0
+                || libc::fcntl(keep, libc::F_SETFD, 0) < 0
+            {
+                return Err(io::Error::last_os_error());
+            }
             Ok(())
         });
     }
+}
+
+/// Fills a buffer from the kernel's random generator.
+///
+/// # Errors
+/// As getrandom(2).
+pub fn random(buffer: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let rest = &mut buffer[done..];
+        // SAFETY: pointer and length describe `rest`, which is ours to write.
+        let n = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(n) {
+            Ok(n) => done += n,
+            Err(_) => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+    }
+    Ok(())
 }

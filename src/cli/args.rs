@@ -1,0 +1,268 @@
+//! The command line: every command and option, and the help that one reads.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// VMs that are booted before anyone asks
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmcache",
+    version,
+    after_help = "Exit codes: 0 done; 1 failed; 2 usage or configuration; 3 no server reachable; \
+                  4 no VM in time; 5 a needed file or program is missing. `run` and `exec` exit \
+                  with their command's code, or 124 timed out, 125 vmcache failed, \
+                  126 not executable, 127 not found, 128+n ended by signal n."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command knows.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// Configuration file [default: $VMCACHE_CONFIG, or the first of
+    /// /etc/vmcache, /etc/kata-containers, /usr/share/defaults/kata-containers]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The server's socket [default: the configuration's]
+    #[arg(long, global = true, value_name = "SOCKET", env = "VMCACHE_ENDPOINT")]
+    pub endpoint: Option<PathBuf>,
+    /// Where messages go [default: syslog for a server without a terminal, else stderr]
+    #[arg(long, global = true, value_enum)]
+    pub log: Option<LogTo>,
+}
+
+/// Where messages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogTo {
+    /// The system's log.
+    Syslog,
+    /// Standard error.
+    Stderr,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Keep a pool of VMs and hand them out (runs in the foreground)
+    Serve,
+    /// Show the pool, its VMs, counters and the last error
+    Status(Status),
+    /// Claim a VM and leave it running: it is yours then
+    Get(Get),
+    /// Claim a VM, run a command in it, exit with the command's code, end the VM
+    Run(Run),
+    /// Run a further command in a VM that was claimed
+    Exec(Exec),
+    /// Copy files into a VM (FILE ID:DIR) or out of it (ID:FILE DIR)
+    Cp(Cp),
+    /// List the processes of a VM
+    Ps(One),
+    /// Show what the containers of a VM use
+    Stats(One),
+    /// Stop a VM's virtual CPUs
+    Pause(One),
+    /// Let them run again
+    Resume(One),
+    /// End VMs that were claimed
+    Stop(Many),
+    /// List the VMs that were claimed on this host
+    List(Json),
+    /// Stop the server; VMs that were handed out stay
+    Quit,
+    /// Measure the server: claims, runs, refill, with ratios and a histogram
+    Bench(Bench),
+    /// Kata's names for serve, status and quit
+    #[command(subcommand)]
+    Factory(Factory),
+    /// Make an initramfs of the guest agent, kernel modules and a userland
+    Mkinitrd(Mkinitrd),
+    /// Check or show the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Json {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Status {
+    #[command(flatten)]
+    pub json: Json,
+    /// Show it again every second
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Get {
+    #[command(flatten)]
+    pub json: Json,
+    /// Seconds to wait for a VM
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub wait: u64,
+}
+
+#[derive(Args, Debug)]
+pub struct Process {
+    /// Set a variable of the command's environment
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    pub env: Vec<String>,
+    /// Working directory in the guest
+    #[arg(long, short, value_name = "DIR", default_value = "/")]
+    pub workdir: String,
+    /// User to run as: name or number, and group, as the guest knows them
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Give the command a terminal: this one, raw
+    #[arg(long, short)]
+    pub tty: bool,
+    /// End the command after so many seconds, with exit code 124
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct Run {
+    /// CPUs that the VM must have
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Memory that the VM must have, MiB
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u32>,
+    /// Root file system for the command: a directory or a tar file
+    #[arg(long, value_name = "DIR|TAR")]
+    pub rootfs: Option<PathBuf>,
+    /// Leave the VM running afterwards, and print its id on stderr
+    #[arg(long)]
+    pub keep: bool,
+    /// Boot a VM now instead of taking one from the pool
+    #[arg(long)]
+    pub cold: bool,
+    /// Seconds to wait for a VM
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub wait: u64,
+    #[command(flatten)]
+    pub process: Process,
+}
+
+#[derive(Args, Debug)]
+pub struct Exec {
+    /// The VM: its id, or the beginning of it
+    pub id: String,
+    #[command(flatten)]
+    pub process: Process,
+}
+
+#[derive(Args, Debug)]
+pub struct Cp {
+    /// What to copy: FILE, or ID:FILE
+    pub source: String,
+    /// Where to: ID:DIR, or DIR
+    pub target: String,
+}
+
+#[derive(Args, Debug)]
+pub struct One {
+    /// The VM: its id, or the beginning of it
+    pub id: String,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub struct Many {
+    /// The VMs: their ids, or the beginnings of them
+    #[arg(required = true)]
+    pub ids: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct Bench {
+    #[command(flatten)]
+    pub json: Json,
+    /// Claims to measure, and as many runs
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub n: usize,
+    /// Clients that claim at once, in a further round; 0: no such round
+    #[arg(long, value_name = "CLIENTS", default_value_t = 0)]
+    pub concurrency: usize,
+    /// Cold runs to compare with (needs a configuration)
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub cold: usize,
+    /// Also watch the server and its pool do nothing for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub idle: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Factory {
+    /// As `vmcache serve`
+    Init,
+    /// As `vmcache status`
+    Status(Status),
+    /// As `vmcache quit`
+    Destroy,
+}
+
+#[derive(Args, Debug)]
+pub struct Mkinitrd {
+    /// A kernel's module directory, such as /lib/modules/6.1.0-amd64
+    #[arg(long, value_name = "DIR")]
+    pub kernel_modules: PathBuf,
+    /// A static busybox, for a guest with a shell
+    #[arg(long, value_name = "BUSYBOX")]
+    pub userland: Option<PathBuf>,
+    /// Further modules to pack and load
+    #[arg(long, value_name = "NAME")]
+    pub module: Vec<String>,
+    /// The guest agent [default: vmcache-agent beside this program, or in
+    /// /usr/libexec/vmcache]
+    #[arg(long, value_name = "FILE")]
+    pub agent: Option<PathBuf>,
+    /// The file to write
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check the configuration and the files it names
+    Check,
+    /// Print every option with its value and where that stands
+    Show {
+        /// Print a table of all options in Markdown instead
+        #[arg(long)]
+        options: bool,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_keeps_its_own_options() {
+        let cli = Cli::parse_from(["vmcache", "run", "--cold", "--", "ls", "--json", "-l"]);
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!(run.process.command, ["ls", "--json", "-l"]);
+    }
+}

@@ -1,0 +1,212 @@
+//! `vmcache bench`: what this server takes, side by side in one run.
+//!
+//! A claim is measured only when the pool is full and nothing boots, between
+//! Config calls on the same connection, which are the floor of any call here.
+//! Every VM that is claimed is ended at once.
+
+mod idle;
+mod samples;
+
+use std::time::{Duration, Instant};
+
+use serde_json::{json, Value};
+
+use super::args::{Bench, Common};
+use super::output::{table, Failure, FAILED, NO_VM};
+use super::progress::Progress;
+use super::{connect, endpoint, optional_config, Outcome};
+use crate::config::Config;
+use crate::factory::grpccache::GrpcCache;
+use crate::factory::{direct, BaseFactory, Wanted};
+use crate::vm::wire;
+use crate::worker::Worker;
+use crate::workload::{Command, Guest};
+use samples::Samples;
+
+/// Config calls before each claim: a warm connection, and the floor.
+const FLOOR_CALLS: usize = 20;
+/// Between two looks at a pool that is filling.
+const LOOK: Duration = Duration::from_millis(20);
+/// Longest wait for a full pool.
+const FULL: Duration = Duration::from_secs(300);
+
+/// All that was measured.
+#[derive(Default)]
+struct Measured {
+    config: Samples,
+    claim: Samples,
+    run: Samples,
+    refill: Samples,
+    cold: Samples,
+    burst: Samples,
+    idle: Option<Value>,
+}
+
+/// Measures and prints.
+pub fn bench(common: &Common, b: &Bench) -> Outcome {
+    let server = connect(common)?;
+    let config = optional_config(common)?;
+    let mut m = Measured::default();
+    let details = wait_full(&server)?;
+    if b.idle > 0 {
+        let progress = Progress::start("watching the idle server");
+        m.idle = Some(idle::watch(&details, Duration::from_secs(b.idle))?);
+        drop(progress);
+    }
+    let progress = Progress::start("measuring claims");
+    claims(&server, b.n, &mut m)?;
+    drop(progress);
+    let progress = Progress::start("measuring runs");
+    runs(&server, b.n, &mut m)?;
+    drop(progress);
+    if b.concurrency > 0 {
+        let progress = Progress::start("measuring a burst");
+        burst(common, &server, b.concurrency, &mut m)?;
+        drop(progress);
+    }
+    if let Some(config) = config.filter(|_| b.cold > 0) {
+        wait_full(&server)?;
+        let _progress = Progress::start("measuring cold runs");
+        cold(&config, b.cold, &mut m)?;
+    }
+    report(b, &m);
+    Ok(0)
+}
+
+/// Waits until the pool is full and nothing boots; the status then.
+fn wait_full(server: &GrpcCache) -> Result<Value, Failure> {
+    let deadline = Instant::now() + FULL;
+    loop {
+        let v = server.fetch_details()?;
+        let pool = |k: &str| v["pool"][k].as_u64().unwrap_or(0);
+        if pool("target") > 0 && pool("ready") >= pool("target") && pool("booting") == 0 {
+            return Ok(v);
+        }
+        if Instant::now() > deadline {
+            let error = v["last_error"].as_str().unwrap_or("no error told");
+            let text = format!("the pool did not fill within {} s: {error}", FULL.as_secs());
+            return Err(Failure::new(NO_VM, text));
+        }
+        pause();
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // Status is asked for; nothing tells when it changes.
+fn pause() {
+    std::thread::sleep(LOOK);
+}
+
+fn claims(server: &GrpcCache, n: usize, m: &mut Measured) -> Result<(), Failure> {
+    for _ in 0..n {
+        wait_full(server)?;
+        for _ in 0..FLOOR_CALLS {
+            let start = Instant::now();
+            server.fetch_config_raw()?;
+            m.config.add(start.elapsed());
+        }
+        let start = Instant::now();
+        let message = server.claim_raw(Some(FULL))?;
+        m.claim.add(start.elapsed());
+        let claimed = Instant::now();
+        wire::from_wire(&message)?.destroy();
+        wait_full(server)?;
+        m.refill.add(claimed.elapsed());
+    }
+    Ok(())
+}
+
+/// Claim, wake, run `true`, exit code: what `vmcache run -- true` does.
+fn runs(server: &GrpcCache, n: usize, m: &mut Measured) -> Result<(), Failure> {
+    for _ in 0..n {
+        wait_full(server)?;
+        let start = Instant::now();
+        let mut vm = server.get_base_vm(Some(FULL))?;
+        let agent = vm.wake()?;
+        let guest = Guest::new(vm, agent);
+        let code = guest.spawn(&Command::new("/sbin/vmcache-agent").arg("--version"))?.wait()?;
+        m.run.add(start.elapsed());
+        if code != 0 {
+            return Err(Failure::new(FAILED, format!("the measured command ended with {code}")));
+        }
+    }
+    Ok(())
+}
+
+fn cold(config: &Config, n: usize, m: &mut Measured) -> Result<(), Failure> {
+    for _ in 0..n {
+        let start = Instant::now();
+        let (vm, agent) = direct::cold(config, &Wanted::default())?;
+        let guest = Guest::new(vm, agent);
+        guest.spawn(&Command::new("/sbin/vmcache-agent").arg("--version"))?.wait()?;
+        m.cold.add(start.elapsed());
+    }
+    Ok(())
+}
+
+/// Many clients at once, each on a connection of its own.
+fn burst(common: &Common, server: &GrpcCache, clients: usize, m: &mut Measured) -> Result<(), Failure> {
+    wait_full(server)?;
+    let socket = endpoint(common)?;
+    let mut workers = Vec::new();
+    for n in 0..clients {
+        let socket = socket.clone();
+        let failed = |e: crate::worker::Error| Failure::new(FAILED, e.to_string());
+        let work = move || -> Result<Duration, Failure> {
+            let client = GrpcCache::connect(&socket)?;
+            let start = Instant::now();
+            let message = client.claim_raw(Some(FULL))?;
+            let took = start.elapsed();
+            wire::from_wire(&message)?.destroy();
+            Ok(took)
+        };
+        workers.push(Worker::spawn(&format!("vmc-client-{n}"), work).map_err(failed)?);
+    }
+    for worker in workers {
+        let took = worker.join(FULL).map_err(|e| Failure::new(FAILED, e.to_string()))??;
+        m.burst.add(took);
+    }
+    Ok(())
+}
+
+fn report(b: &Bench, m: &Measured) {
+    let ratio = |a: &Samples, b: &Samples| match (a.quantile(0.5), b.quantile(0.5)) {
+        (Some(a), Some(b)) if !b.is_zero() => Some(a.as_secs_f64() / b.as_secs_f64()),
+        _ => None,
+    };
+    let s1 = ratio(&m.claim, &m.config);
+    let s2 = ratio(&m.run, &m.cold);
+    let all = [
+        ("Config call", &m.config),
+        ("GetBaseVM, VM ready", &m.claim),
+        ("run, VM ready", &m.run),
+        ("run --cold", &m.cold),
+        ("refill of one VM", &m.refill),
+        ("claims at once", &m.burst),
+    ];
+    if b.json.json {
+        let mut out = json!({"S1": s1, "S2": s2, "idle": m.idle});
+        for (name, samples) in all {
+            out[name] = samples.json();
+        }
+        println!("{out}");
+        return;
+    }
+    let heads = ["", "n", "p50", "p90", "p99", "max"];
+    let mut rows = vec![heads.iter().map(|h| h.to_string()).collect::<Vec<_>>()];
+    rows.extend(all.iter().filter(|(_, s)| s.len() > 0).map(|(name, s)| s.row(name)));
+    print!("{}", table(&rows));
+    println!();
+    let bound = |name: &str, what: &str, value: Option<f64>, bound: f64| {
+        if let Some(v) = value {
+            let verdict = if v <= bound { "met" } else { "NOT met" };
+            println!("{name}  {what}: {v:.3} (at most {bound:.2}: {verdict})");
+        }
+    };
+    bound("S1", "p50 of GetBaseVM / p50 of Config", s1, 1.3);
+    bound("S2", "p50 of run on a ready VM / p50 of run --cold", s2, 0.1);
+    if let Some(idle) = &m.idle {
+        print!("{}", idle::render(idle));
+    }
+    println!("\nGetBaseVM, VM ready:\n{}", m.claim.histogram());
+    println!("run, VM ready:\n{}", m.run.histogram());
+}

@@ -1,0 +1,195 @@
+//! Commands on VMs that were claimed on this host: list, ps, stats, pause,
+//! resume, stop.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{json, Value};
+
+use super::args::{Common, Json, Many, One};
+use super::output::{age, harmless, table, Failure, FAILED};
+use super::{optional_config, Outcome};
+use crate::agent::Agent;
+use crate::config::options::{find, Fallback, OURS};
+use crate::sys::process::{start_time, state};
+use crate::vm::ledger::{Ledger, State};
+use crate::vm::wire::from_directory;
+use crate::vm::Vm;
+use crate::workload::Guest;
+
+fn store(common: &Common) -> Result<PathBuf, Failure> {
+    if let Some(config) = optional_config(common)? {
+        return Ok(config.store());
+    }
+    Ok(match find(OURS, "vm_store_path").map(|o| o.default) {
+        Some(Fallback::Text(path)) => path.into(),
+        _ => "/run/vc/vm".into(),
+    })
+}
+
+/// The one VM whose id begins so.
+pub fn find_ledger(common: &Common, id: &str) -> Result<(PathBuf, Ledger), Failure> {
+    let store = store(common)?;
+    let mut found: Vec<_> = Ledger::all(&store)
+        .into_iter()
+        .filter(|(_, l)| !id.is_empty() && l.id.starts_with(id))
+        .collect();
+    let text = match found.len() {
+        0 => format!("no VM {id:?} in {}: `vmcache list` shows those there are", store.display()),
+        1 => {
+            let (path, ledger) = found.remove(0);
+            if ledger.state == State::Handed || ledger.endpoint.is_empty() {
+                return Ok((path, ledger));
+            }
+            format!(
+                "VM {} is {} and belongs to the pool at {}: claim one with `vmcache get`",
+                ledger.id,
+                ledger.state.name(),
+                ledger.endpoint
+            )
+        }
+        n => format!("{n} VMs have an id that begins with {id:?}: give more of it"),
+    };
+    Err(Failure::new(FAILED, text))
+}
+
+/// The same, as a VM. Whoever lets it drop ends it.
+pub fn find_vm(common: &Common, id: &str) -> Result<Vm, Failure> {
+    let (path, ledger) = find_ledger(common, id)?;
+    Ok(from_directory(&path, ledger)?)
+}
+
+/// Does something with a VM's agent; the VM stays, whatever comes of it.
+pub fn with_guest<T>(common: &Common, id: &str, f: impl FnOnce(&Guest) -> Result<T, Failure>) -> Result<T, Failure> {
+    let vm = find_vm(common, id)?;
+    let agent = match vm.connect_agent() {
+        Ok(agent) => agent,
+        Err(e) => {
+            vm.let_go();
+            return Err(e.into());
+        }
+    };
+    let guest = Guest::new(vm, agent);
+    let result = f(&guest);
+    guest.keep().let_go();
+    result
+}
+
+/// `vmcache ps`.
+pub fn ps(common: &Common, o: &One) -> Outcome {
+    let format = if o.json.json { "json" } else { "table" };
+    let bytes = with_guest(common, &o.id, |g| Ok(g.agent().list_processes("", format)?))?;
+    println!("{}", harmless(&String::from_utf8_lossy(&bytes)).trim_end());
+    Ok(0)
+}
+
+/// `vmcache stats`.
+pub fn stats(common: &Common, o: &One) -> Outcome {
+    let s = with_guest(common, &o.id, |g| Ok(g.agent().stats_container("")?))?;
+    let (cpu, memory) = (&s.cgroup_stats.cpu_stats.cpu_usage, &s.cgroup_stats.memory_stats);
+    let network = s.network_stats.iter().map(|n| {
+        json!({"name": n.name, "rx_bytes": n.rx_bytes, "tx_bytes": n.tx_bytes})
+    });
+    let v = json!({
+        "cpu_ns": cpu.total_usage,
+        "cpu_user_ns": cpu.usage_in_usermode,
+        "cpu_system_ns": cpu.usage_in_kernelmode,
+        "memory_bytes": memory.usage.usage,
+        "memory_peak_bytes": memory.usage.max_usage,
+        "cache_bytes": memory.cache,
+        "processes": s.cgroup_stats.pids_stats.current,
+        "network": network.collect::<Vec<_>>(),
+    });
+    if o.json.json {
+        println!("{v}");
+        return Ok(0);
+    }
+    let number = |k: &str| v[k].as_u64().unwrap_or(0) as f64;
+    let rows = [
+        ("CPU", format!("{:.3} s", number("cpu_ns") / 1e9)),
+        ("memory", format!("{:.1} MiB", number("memory_bytes") / 1_048_576.0)),
+        ("processes", format!("{}", number("processes"))),
+    ];
+    for (name, value) in rows {
+        println!("{name:<10} {value}");
+    }
+    Ok(0)
+}
+
+/// `vmcache pause`.
+pub fn pause(common: &Common, o: &One) -> Outcome {
+    let mut vm = find_vm(common, &o.id)?;
+    let done = vm.pause();
+    vm.let_go();
+    done?;
+    Ok(0)
+}
+
+/// `vmcache resume`.
+pub fn resume(common: &Common, o: &One) -> Outcome {
+    let mut vm = find_vm(common, &o.id)?;
+    let done = vm.resume().and_then(|()| vm.wake().map(|_| ()));
+    vm.let_go();
+    done?;
+    Ok(0)
+}
+
+/// `vmcache stop`.
+pub fn stop(common: &Common, m: &Many) -> Outcome {
+    let mut failed = None;
+    for id in &m.ids {
+        match find_ledger(common, id) {
+            Ok((path, ledger)) => {
+                let id = ledger.id.clone();
+                match from_directory(&path, ledger) {
+                    Ok(vm) => vm.destroy(),
+                    // Dead already: what is left of it is its directory.
+                    Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
+                }
+                println!("{id}");
+            }
+            Err(e) => {
+                e.report();
+                failed = Some(e);
+            }
+        }
+    }
+    match failed {
+        None => Ok(0),
+        Some(_) => Err(Failure::new(FAILED, "not all of them were stopped")),
+    }
+}
+
+/// `vmcache list`.
+pub fn list(common: &Common, j: Json) -> Outcome {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let mut vms: Vec<Value> = Vec::new();
+    for (_, l) in Ledger::all(&store(common)?) {
+        if l.state != State::Handed && !l.endpoint.is_empty() {
+            continue;
+        }
+        let alive = start_time(l.pid) == Some(l.start_time) && state(l.pid) != Some('Z');
+        vms.push(json!({
+            "id": l.id, "pid": l.pid, "state": if alive { "running" } else { "dead" },
+            "source": l.source, "cpus": l.cpus, "memory_mib": l.memory_mib,
+            "age_s": now.saturating_sub(l.created),
+            "owner_pid": l.owner.map(|o| o.pid), "leased": l.owner.is_some_and(|o| o.lease),
+        }));
+    }
+    if j.json {
+        println!("{}", Value::Array(vms));
+        return Ok(0);
+    }
+    let heads = ["ID", "PID", "STATE", "SOURCE", "CPUS", "MIB", "AGE", "CLAIMED BY"];
+    let mut rows = vec![heads.iter().map(|h| h.to_string()).collect::<Vec<_>>()];
+    for vm in &vms {
+        let text = |k: &str| vm[k].as_str().map_or_else(|| vm[k].to_string(), str::to_string);
+        let owner = vm["owner_pid"].as_i64().map_or("-".into(), |p| format!("pid {p}"));
+        let columns = ["id", "pid", "state", "source", "cpus", "memory_mib"];
+        let mut row: Vec<String> = columns.iter().map(|k| text(k)).collect();
+        row.extend([age(vm["age_s"].as_u64().unwrap_or(0)), owner]);
+        rows.push(row);
+    }
+    print!("{}", table(&rows));
+    Ok(0)
+}

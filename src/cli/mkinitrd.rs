@@ -1,0 +1,54 @@
+//! `vmcache mkinitrd`.
+
+use std::env;
+use std::path::PathBuf;
+
+use super::args::Mkinitrd;
+use super::output::{Failure, PREFLIGHT};
+use super::Outcome;
+use crate::initrd::{pack, Recipe};
+
+/// Where a package puts the agent.
+const INSTALLED: &str = "/usr/libexec/vmcache/vmcache-agent";
+
+/// Packs and tells what was packed.
+pub fn mkinitrd(m: &Mkinitrd) -> Outcome {
+    let agent = match &m.agent {
+        Some(agent) => agent.clone(),
+        None => find_agent()?,
+    };
+    let recipe = Recipe {
+        agent,
+        kernel_modules: m.kernel_modules.clone(),
+        userland: m.userland.clone(),
+        extra_modules: m.module.clone(),
+        output: m.output.clone(),
+    };
+    let packed = pack(&recipe)?;
+    if m.json.json {
+        let json = serde_json::json!({
+            "output": recipe.output, "bytes": packed.size, "modules": packed.modules,
+            "applets": packed.applets,
+        });
+        println!("{json}");
+    } else {
+        println!(
+            "{}: {:.1} MiB, {} kernel modules, {} commands",
+            recipe.output.display(),
+            packed.size as f64 / 1_048_576.0,
+            packed.modules.len(),
+            packed.applets
+        );
+    }
+    Ok(0)
+}
+
+fn find_agent() -> Result<PathBuf, Failure> {
+    let beside = env::current_exe().ok().map(|e| e.with_file_name("vmcache-agent"));
+    let places: Vec<PathBuf> = beside.into_iter().chain([INSTALLED.into()]).collect();
+    let list: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
+    places.into_iter().find(|p| p.is_file()).ok_or_else(|| {
+        let text = format!("no vmcache-agent at {}: name it with --agent", list.join(" or "));
+        Failure::new(PREFLIGHT, text)
+    })
+}

@@ -1,0 +1,110 @@
+//! The command line program: one file a command, and what they share.
+//!
+//! Commands return an error with its exit code; nothing here calls `exit` but
+//! `main` and a signal that comes before there is anything to clean up.
+
+pub mod args;
+mod bench;
+mod claimed;
+mod config;
+mod copy;
+mod logging;
+mod mkinitrd;
+mod output;
+mod progress;
+mod run;
+mod session;
+mod status;
+
+use std::path::PathBuf;
+
+use args::{Cli, Command, Common, Factory};
+use output::Failure;
+
+use crate::config::{options, Config, Error as ConfigError};
+use crate::factory::grpccache::GrpcCache;
+
+/// What a command gives: the exit code.
+pub type Outcome = Result<u8, Failure>;
+
+/// Parses, dispatches, reports; the exit code.
+pub fn main() -> u8 {
+    let cli = <Cli as clap::Parser>::parse();
+    let result = logging::start(&cli).and_then(|()| dispatch(cli));
+    match result {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn dispatch(cli: Cli) -> Outcome {
+    let common = cli.common;
+    match cli.command {
+        Command::Serve | Command::Factory(Factory::Init) => serve(&common),
+        Command::Status(s) | Command::Factory(Factory::Status(s)) => status::status(&common, &s),
+        Command::Quit | Command::Factory(Factory::Destroy) => {
+            connect(&common)?.quit()?;
+            Ok(0)
+        }
+        Command::Get(g) => run::get(&common, &g),
+        Command::Run(r) => run::run(&common, &r).map_err(Failure::in_vmcache),
+        Command::Exec(e) => run::exec(&common, &e).map_err(Failure::in_vmcache),
+        Command::Cp(c) => copy::cp(&common, &c),
+        Command::Ps(o) => claimed::ps(&common, &o),
+        Command::Stats(o) => claimed::stats(&common, &o),
+        Command::Pause(o) => claimed::pause(&common, &o),
+        Command::Resume(o) => claimed::resume(&common, &o),
+        Command::Stop(m) => claimed::stop(&common, &m),
+        Command::List(j) => claimed::list(&common, j),
+        Command::Bench(b) => bench::bench(&common, &b),
+        Command::Mkinitrd(m) => mkinitrd::mkinitrd(&m),
+        Command::Config(c) => config::config(&common, &c),
+    }
+}
+
+fn serve(common: &Common) -> Outcome {
+    let config = Config::load(common.config.as_deref())?;
+    let config = match &common.endpoint {
+        Some(endpoint) => config.at_endpoint(endpoint)?,
+        None => config,
+    };
+    if config.pool == 0 {
+        let place = config.place(options::FACTORY, "vm_cache_number");
+        println!("VMCache is off: vm_cache_number is 0 or not set ({place})");
+        return Ok(0);
+    }
+    crate::server::serve(config)?;
+    Ok(0)
+}
+
+/// The configuration, or `None` when none is named and none is found.
+fn optional_config(common: &Common) -> Result<Option<Config>, Failure> {
+    match Config::load(common.config.as_deref()) {
+        Ok(config) => Ok(Some(config)),
+        Err(ConfigError::NotFound { .. }) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The server's socket.
+fn endpoint(common: &Common) -> Result<PathBuf, Failure> {
+    if let Some(endpoint) = &common.endpoint {
+        return Ok(endpoint.clone());
+    }
+    let config = optional_config(common)?;
+    let default = "/var/run/kata-containers/cache.sock";
+    Ok(config.map_or_else(|| default.into(), |c| c.endpoint()))
+}
+
+/// The configuration by which this side's wishes are known: one that was
+/// named, or that of the very server that is asked.
+fn own_config(common: &Common) -> Result<Option<Config>, Failure> {
+    let named = common.config.is_some() || std::env::var_os("VMCACHE_CONFIG").is_some();
+    let config = optional_config(common)?;
+    let asked = endpoint(common)?;
+    Ok(config.filter(|c| named || c.endpoint() == asked))
+}
+
+fn connect(common: &Common) -> Result<GrpcCache, Failure> {
+    Ok(GrpcCache::connect(&endpoint(common)?)?)
+}

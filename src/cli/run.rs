@@ -1,0 +1,173 @@
+//! `vmcache get`, `run` and `exec`.
+//!
+//! Invariant: a VM that `run` claimed without `--keep` is leased: it ends with
+//! this process, however that ends, because dropping it destroys it, and
+//! because the server (for a cold one, the kernel) ends it when this process
+//! is gone.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::args::{Common, Exec, Get, Process, Run};
+use super::claimed::find_vm;
+use super::output::{Failure, IN_VMCACHE, USAGE};
+use super::progress::Progress;
+use super::session::{Session, Terminal};
+use super::{connect, own_config, Outcome};
+use crate::factory::{direct, Factory, Obtained, Wanted};
+use crate::vm::VmConfig;
+use crate::workload::{send_root, Command, Guest};
+
+/// Claims a VM, wakes it, prints it, and leaves it to the caller.
+pub fn get(common: &Common, g: &Get) -> Outcome {
+    let server = connect(common)?;
+    let own = own_config(common)?;
+    let wanted = Wanted { within: Some(Duration::from_secs(g.wait)), ..Wanted::default() };
+    let progress = Progress::start("waiting for a VM");
+    let obtained = Factory::new(&server, own.as_ref()).get_vm(&wanted)?;
+    drop(progress);
+    let Obtained { vm, agent, fallback } = obtained;
+    drop(agent);
+    let shown = json!({
+        "id": vm.id(), "pid": vm.pid(), "qmp": vm.monitor(),
+        "agent_url": vm.agent_address().to_string(), "source": vm.source(),
+        "cpus": vm.cpus(), "memory_mib": vm.memory_mib(), "fallback": fallback,
+    });
+    if g.json.json {
+        println!("{shown}");
+    } else {
+        println!("{}", vm.id());
+    }
+    vm.let_go();
+    Ok(0)
+}
+
+/// The command that the options describe.
+fn command(p: &Process, terminal: Option<&Terminal>) -> Result<Command, Failure> {
+    let (program, args) = p
+        .command
+        .split_first()
+        .ok_or_else(|| Failure::new(USAGE, "no command to run"))?;
+    let mut command = Command::new(program).args(args).workdir(&p.workdir);
+    for pair in &p.env {
+        let (key, value) = pair.split_once('=').filter(|(k, _)| !k.is_empty()).ok_or_else(|| {
+            Failure::new(USAGE, format!("--env {pair:?}: must be KEY=VALUE"))
+        })?;
+        command = command.env(key, value);
+    }
+    if let Some(user) = &p.user {
+        command = command.user(user);
+    }
+    if let Some(terminal) = terminal {
+        let (rows, columns) = terminal.size();
+        command = command.terminal(rows, columns);
+        if let Ok(term) = std::env::var("TERM") {
+            command = command.env("TERM", &term);
+        }
+    }
+    Ok(command)
+}
+
+/// Runs a command in a VM of its own.
+pub fn run(common: &Common, r: &Run) -> Outcome {
+    let terminal = r.process.tty.then(Terminal::open).transpose()?;
+    let command = command(&r.process, terminal.as_ref())?;
+    if let Some(root) = &r.rootfs {
+        check_root(root)?;
+    }
+    let session = Session::start()?;
+    let wanted = Wanted {
+        cpus: r.cpus,
+        memory_mib: r.memory,
+        within: Some(Duration::from_secs(r.wait)),
+    };
+    let guest: Guest = match r.cold {
+        true => cold(common, r, &wanted, &session)?,
+        false => claim(common, r, &wanted)?,
+    };
+    if let Some(why) = guest.fallback() {
+        eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
+    }
+    let timeout = r.process.timeout.map(Duration::from_secs);
+    let running = match &r.rootfs {
+        Some(root) => {
+            let progress = Progress::start("sending the root file system");
+            send_root(&guest, root)?;
+            drop(progress);
+            guest.spawn_in_root(&command)?
+        }
+        None => guest.spawn(&command)?,
+    };
+    let code = session.attach(&running, terminal, timeout)?;
+    if r.keep {
+        let _ = guest.remove(crate::workload::MAIN);
+        eprintln!("{}", guest.vm().id());
+        guest.keep().let_go();
+    } else {
+        guest.stop();
+    }
+    Ok(code)
+}
+
+fn check_root(root: &Path) -> Result<(), Failure> {
+    std::fs::metadata(root)
+        .map(|_| ())
+        .map_err(|e| Failure::new(USAGE, format!("--rootfs {}: {e}", root.display())))
+}
+
+fn claim(common: &Common, r: &Run, wanted: &Wanted) -> Result<Guest, Failure> {
+    let server = connect(common)?;
+    let server = if r.keep { server } else { server.leasing() };
+    let own = own_config(common)?;
+    let _progress = Progress::start("waiting for a VM");
+    Ok(Factory::new(&server, own.as_ref()).get_vm(wanted)?.into())
+}
+
+/// Boots a VM for this command alone.
+fn cold(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<Guest, Failure> {
+    let config = crate::config::Config::load(common.config.as_deref())?;
+    config.check_files()?;
+    log::debug!("booting {} CPUs, {} MiB", VmConfig::of(&config).cpus(), config.memory());
+    let _progress = Progress::start("booting a VM");
+    let mut started = |_: &str, process: &crate::hypervisor::qemu::process::Process| {
+        if let Ok(pidfd) = process.watch() {
+            session.booting(pidfd);
+        }
+    };
+    let (vm, agent) = direct::cold_watched(&config, wanted, !r.keep, &mut started)?;
+    Ok(Guest::new(vm, agent))
+}
+
+/// Runs a command in a VM that was claimed before.
+pub fn exec(common: &Common, e: &Exec) -> Outcome {
+    let terminal = e.process.tty.then(Terminal::open).transpose()?;
+    let command = command(&e.process, terminal.as_ref())?;
+    let session = Session::start()?;
+    let vm = find_vm(common, &e.id)?;
+    let agent = match vm.connect_agent() {
+        Ok(agent) => agent,
+        Err(error) => {
+            vm.let_go();
+            return Err(error.into());
+        }
+    };
+    let guest = Guest::new(vm, agent);
+    let timeout = e.process.timeout.map(Duration::from_secs);
+    let result = guest.exec(&command).map_err(Failure::from).and_then(|running| {
+        let code = session.attach(&running, terminal, timeout);
+        if running.id().exec.is_empty() {
+            let _ = guest.remove(&running.id().container);
+        }
+        code
+    });
+    // Claimed by somebody who keeps it.
+    guest.keep().let_go();
+    result
+}
+
+/// The exit code of a command, as the shell would see it.
+pub fn exit_code(status: i32) -> u8 {
+    u8::try_from(status).unwrap_or(IN_VMCACHE)
+}

@@ -1,0 +1,101 @@
+//! `vmcache status`.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::args::{Common, Status};
+use super::output::{age, table, Failure};
+use super::{connect, Outcome};
+use crate::factory::grpccache::{Error, GrpcCache};
+
+/// Between two looks with `--watch`.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Prints the status, once or again and again.
+pub fn status(common: &Common, s: &Status) -> Outcome {
+    let server = connect(common)?;
+    loop {
+        let text = look(&server, s.json.json)?;
+        if s.watch && std::io::stdout().is_terminal() {
+            print!("\x1b[H\x1b[2J");
+        }
+        println!("{text}");
+        if !s.watch {
+            return Ok(0);
+        }
+        pause();
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // A picture a second, for a person.
+fn pause() {
+    std::thread::sleep(EVERY);
+}
+
+fn look(server: &GrpcCache, json: bool) -> Result<String, Failure> {
+    let details = match server.fetch_details() {
+        Ok(details) => details,
+        // A stock Kata server: what its own Status tells.
+        Err(Error::Unsupported { .. }) => plain(server)?,
+        Err(e) => return Err(e.into()),
+    };
+    Ok(if json { details.to_string() } else { render(&details) })
+}
+
+fn plain(server: &GrpcCache) -> Result<Value, Failure> {
+    let status = server.fetch_status()?;
+    let vms: Vec<Value> = status
+        .vmstatus
+        .iter()
+        .map(|v| serde_json::json!({"pid": v.pid, "cpus": v.cpu, "memory_mib": v.memory, "state": "ready"}))
+        .collect();
+    Ok(serde_json::json!({
+        "pid": status.pid,
+        "endpoint": server.endpoint().display().to_string(),
+        "pool": {"ready": vms.len()},
+        "vms": vms,
+    }))
+}
+
+fn render(v: &Value) -> String {
+    let text = |v: &Value| match v {
+        Value::Null => "-".to_string(),
+        Value::String(s) => s.clone(),
+        other => other.to_string(),
+    };
+    let pool = &v["pool"];
+    let mut out = format!(
+        "server {} (pid {}) at {}\npool   {} ready of {}, {} booting, {} claims waiting\n",
+        text(&v["version"]),
+        text(&v["pid"]),
+        text(&v["endpoint"]),
+        text(&pool["ready"]),
+        text(&pool["target"]),
+        text(&pool["booting"]),
+        text(&pool["waiting"]),
+    );
+    if let Some(counters) = v["counters"].as_object() {
+        let list: Vec<String> =
+            counters.iter().map(|(k, n)| format!("{} {n}", k.replace('_', " "))).collect();
+        out.push_str(&format!("since  {}\n", list.join(", ")));
+    }
+    if let Some(error) = v["last_error"].as_str() {
+        out.push_str(&format!("last error: {error}\n"));
+    }
+    let heads = ["ID", "PID", "STATE", "SOURCE", "CPUS", "MIB", "AGE"];
+    let mut rows = vec![heads.iter().map(|h| h.to_string()).collect::<Vec<_>>()];
+    for vm in v["vms"].as_array().into_iter().flatten() {
+        let mut row: Vec<String> = ["id", "pid", "state", "source", "cpus", "memory_mib"]
+            .iter()
+            .map(|k| text(&vm[*k]))
+            .collect();
+        row.push(vm["age_s"].as_u64().map_or("-".into(), age));
+        rows.push(row);
+    }
+    if rows.len() > 1 {
+        out.push_str(&table(&rows));
+    }
+    out.trim_end().to_string()
+}

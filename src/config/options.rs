@@ -1,0 +1,125 @@
+//! Every option there is: table, name, type and default, and what it does.
+//!
+//! The one list from which files are checked, `config show` prints and the
+//! README's table is made. Options of Kata's tables have Kata's names and
+//! meanings.
+
+/// Type and default of an option.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fallback {
+    /// Text; empty means not set.
+    Text(&'static str),
+    /// A whole number, at least zero.
+    Number(u64),
+    /// True or false.
+    Flag(bool),
+    /// A list of texts.
+    List(&'static [&'static str]),
+}
+
+impl Fallback {
+    /// The type's name in an error.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Fallback::Text(_) => "a string in quotes",
+            Fallback::Number(_) => "a whole number",
+            Fallback::Flag(_) => "true or false",
+            Fallback::List(_) => "a list of strings",
+        }
+    }
+}
+
+/// An option.
+#[derive(Debug)]
+pub struct Opt {
+    /// Its table, such as `hypervisor.qemu`.
+    pub table: &'static str,
+    /// Its name.
+    pub key: &'static str,
+    /// Its type and default.
+    pub default: Fallback,
+    /// What it does.
+    pub help: &'static str,
+}
+
+const fn opt(table: &'static str, key: &'static str, default: Fallback, help: &'static str) -> Opt {
+    Opt { table, key, default, help }
+}
+
+use Fallback::{Flag, List, Number, Text};
+
+/// Kata's hypervisor table.
+pub const QEMU: &str = "hypervisor.qemu";
+/// Kata's factory table.
+pub const FACTORY: &str = "factory";
+/// Kata's agent table.
+pub const AGENT: &str = "agent.kata";
+/// Kata's proxy table (1.x).
+pub const PROXY: &str = "proxy.kata";
+/// Our own table.
+pub const OURS: &str = "vmcache";
+
+/// Options that this version acts on.
+pub static OPTIONS: [Opt; 42] = [
+    opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
+    opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
+    opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
+    opt(QEMU, "image", Text(""), "a disk image instead of an initramfs (not yet supported)"),
+    opt(QEMU, "machine_type", Text("q35"), "QEMU's machine: q35 or pc"),
+    opt(QEMU, "machine_accelerators", Text(""), "further properties of the machine, as `a=b,c=d`"),
+    opt(QEMU, "cpu_features", Text(""), "CPU features after the model, as `pmu=off`"),
+    opt(QEMU, "kernel_params", Text(""), "further parameters for the kernel"),
+    opt(QEMU, "firmware", Text(""), "a firmware image instead of QEMU's own"),
+    opt(QEMU, "default_vcpus", Number(1), "virtual CPUs of a base VM"),
+    opt(QEMU, "default_maxvcpus", Number(0), "most CPUs a VM can grow to; 0: as many as the host has"),
+    opt(QEMU, "default_memory", Number(2048), "memory of a base VM, MiB; at least 64"),
+    opt(QEMU, "memory_slots", Number(10), "slots for memory that is added later"),
+    opt(QEMU, "default_bridges", Number(1), "PCI bridges for devices that are added later"),
+    opt(QEMU, "shared_fs", Text("none"), "host directory shared with guests; only none"),
+    opt(QEMU, "entropy_source", Text("/dev/urandom"), "where the guest's random device reads"),
+    opt(QEMU, "file_mem_backend", Text(""), "directory for guest memory in files"),
+    opt(QEMU, "enable_hugepages", Flag(false), "guest memory from /dev/hugepages"),
+    opt(QEMU, "enable_mem_prealloc", Flag(false), "take all of a guest's memory at its start"),
+    opt(QEMU, "enable_swap", Flag(false), "let guest memory be swapped (Kata's 1.x; else it is locked where mlock is asked for)"),
+    opt(QEMU, "disable_vhost_net", Flag(false), "network packets through QEMU instead of the host's kernel"),
+    opt(QEMU, "disable_block_device_use", Flag(false), "no block devices for root file systems"),
+    opt(QEMU, "block_device_driver", Text("virtio-scsi"), "how disks are attached: virtio-scsi or virtio-blk"),
+    opt(QEMU, "enable_iothreads", Flag(false), "a thread of their own for disks"),
+    opt(QEMU, "enable_debug", Flag(false), "kernel messages on the VM's console, debug parameters"),
+    opt(AGENT, "enable_debug", Flag(false), "debug messages of the agent"),
+    opt(AGENT, "kernel_modules", List(&[]), "modules that the agent loads"),
+    opt(PROXY, "path", Text(""), "Kata 1.x's proxy (not yet used)"),
+    opt(FACTORY, "enable_template", Flag(false), "fill the pool with clones of a template (not yet supported)"),
+    opt(FACTORY, "template_path", Text("/run/vc/vm/template"), "where the template lives"),
+    opt(FACTORY, "vm_cache_number", Number(0), "VMs kept ready; 0: VMCache is off"),
+    opt(FACTORY, "vm_cache_endpoint", Text("/var/run/kata-containers/cache.sock"), "the server's socket; at most 107 bytes"),
+    opt(OURS, "accel", Text("kvm"), "kvm, or tcg where there is no KVM"),
+    opt(OURS, "transport", Text("auto"), "how to reach the agent: auto or serial"),
+    opt(OURS, "boot_timeout", Number(30), "seconds until a VM that is not ready has failed"),
+    opt(OURS, "boot_parallel", Number(0), "VMs made at the same time; 0: one for each two host CPUs, at least two"),
+    opt(OURS, "pause_idle", Flag(true), "pause VMs that wait in the pool"),
+    opt(OURS, "vm_store_path", Text("/run/vc/vm"), "a directory for each VM is made here"),
+    opt(OURS, "sandbox", Flag(true), "QEMU's seccomp sandbox with all its denials"),
+    opt(OURS, "socket_mode", Text("0600"), "permissions of the server's socket, octal"),
+    opt(OURS, "socket_group", Text(""), "group of the server's socket"),
+    opt(OURS, "log_level", Text("info"), "error, warn, info, debug or trace"),
+];
+
+/// Options of Kata that change nothing here, and need no warning.
+pub const KATA_ONLY: [&str; 40] = [
+    "enable_annotations", "valid_hypervisor_paths", "valid_virtio_fs_daemon_paths",
+    "valid_vhost_user_store_paths", "valid_file_mem_backends", "valid_entropy_sources",
+    "virtio_fs_daemon", "virtio_fs_cache", "virtio_fs_cache_size", "virtio_fs_queue_size",
+    "virtio_fs_extra_args", "virtio_fs_is_dax", "enable_vhost_user_store", "vhost_user_store_path",
+    "vhost_user_reconnect_timeout_sec", "pflashes", "use_vsock", "rootfs_type", "firmware_volume",
+    "default_maxmemory", "memory_offset", "block_device_aio", "block_device_cache_set",
+    "block_device_cache_direct", "block_device_cache_noflush", "disable_image_nvdimm",
+    "disable_selinux", "disable_guest_selinux", "guest_hook_path", "msize_9p", "hotplug_vfio",
+    "cold_plug_vfio", "hot_plug_vfio", "pcie_root_port", "dial_timeout", "enable_tracing",
+    "trace_mode", "trace_type", "debug_console_enabled", "container_pipe_size",
+];
+
+/// The option of that table and name.
+pub fn find(table: &str, key: &str) -> Option<&'static Opt> {
+    OPTIONS.iter().find(|o| o.table == table && o.key == key)
+}

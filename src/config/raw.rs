@@ -1,0 +1,170 @@
+//! The files, as written: which value stands where.
+//!
+//! Reads one file and the drop-ins beside it (`conf.d/*.toml`, in the order of
+//! their names; a later value replaces an earlier one) and remembers file and
+//! line of every value, so that an error can name them. Checks types; what the
+//! values mean is the business of the parent module.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use toml::de::{DeTable, DeValue};
+
+use super::options::{find, Fallback, AGENT, FACTORY, KATA_ONLY, OURS, PROXY, QEMU};
+use super::{Error, Place};
+
+/// Largest file read, in bytes.
+const MAX_FILE: u64 = 1024 * 1024;
+
+/// A value and where it stands.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The value.
+    pub value: Value,
+    /// Its file and line.
+    pub place: Place,
+}
+
+/// A value of one of the types that options have.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Text.
+    Text(String),
+    /// A whole number, at least zero.
+    Number(u64),
+    /// True or false.
+    Flag(bool),
+    /// Texts.
+    List(Vec<String>),
+}
+
+/// All that was read.
+#[derive(Debug, Default)]
+pub struct Raw {
+    /// The files, in the order in which they were read.
+    pub files: Vec<PathBuf>,
+    /// By table and key.
+    pub entries: BTreeMap<(String, String), Entry>,
+    /// Lines for the log.
+    pub warnings: Vec<String>,
+}
+
+impl Raw {
+    /// Reads a file and its drop-ins.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn read(file: &Path) -> Result<Raw, Error> {
+        let mut raw = Raw::default();
+        raw.add(file)?;
+        let dir = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let mut more: Vec<PathBuf> = entries
+            .map(|e| e.path())
+            .filter(|p| p.extension().is_some_and(|e| e == "toml"))
+            .collect();
+        more.sort();
+        for path in more {
+            raw.add(&path)?;
+        }
+        Ok(raw)
+    }
+
+    fn add(&mut self, file: &Path) -> Result<(), Error> {
+        let read = |source| Error::Read { file: file.to_path_buf(), source };
+        let size = fs::metadata(file).map_err(read)?.len();
+        if size > MAX_FILE {
+            return Err(read(std::io::Error::other(format!("{size} bytes, over {MAX_FILE}"))));
+        }
+        let text = fs::read_to_string(file).map_err(read)?;
+        self.add_text(file, &text)?;
+        self.files.push(file.to_path_buf());
+        Ok(())
+    }
+
+    /// Adds one file's text.
+    pub fn add_text(&mut self, file: &Path, text: &str) -> Result<(), Error> {
+        let place = |at: usize| Place {
+            file: file.to_path_buf(),
+            line: text[..at.min(text.len())].matches('\n').count() + 1,
+        };
+        let table = DeTable::parse(text).map_err(|e| Error::Syntax {
+            place: place(e.span().map_or(0, |s| s.start)),
+            why: e.message().to_string(),
+        })?;
+        self.walk(table.get_ref(), "", &place)
+    }
+
+    fn walk(&mut self, table: &DeTable<'_>, path: &str, place: &dyn Fn(usize) -> Place) -> Result<(), Error> {
+        for (key, value) in table {
+            let name = key.get_ref().as_ref();
+            if let DeValue::Table(inner) = value.get_ref() {
+                let below = if path.is_empty() { name.to_string() } else { format!("{path}.{name}") };
+                self.walk(inner, &below, place)?;
+                continue;
+            }
+            let at = place(key.span().start);
+            let Some(option) = find(path, name) else {
+                self.unknown(path, name, at)?;
+                continue;
+            };
+            let value = convert(value.get_ref(), option.default).ok_or_else(|| Error::Type {
+                place: at.clone(),
+                key: format!("{path}.{name}"),
+                found: describe(value.get_ref()),
+                wanted: option.default.kind(),
+            })?;
+            self.entries.insert((path.to_string(), name.to_string()), Entry { value, place: at });
+        }
+        Ok(())
+    }
+
+    fn unknown(&mut self, table: &str, key: &str, place: Place) -> Result<(), Error> {
+        if table == OURS || table.starts_with("vmcache.") {
+            return Err(Error::UnknownKey { place, key: format!("{table}.{key}") });
+        }
+        let kata = [QEMU, FACTORY, AGENT, PROXY].contains(&table);
+        if kata && !KATA_ONLY.contains(&key) {
+            self.warnings.push(format!("{place}: {table}.{key} is not known, and has no effect"));
+        }
+        Ok(())
+    }
+}
+
+fn convert(value: &DeValue<'_>, kind: Fallback) -> Option<Value> {
+    match (kind, value) {
+        (Fallback::Text(_), DeValue::String(s)) => Some(Value::Text(s.to_string())),
+        (Fallback::Flag(_), DeValue::Boolean(b)) => Some(Value::Flag(*b)),
+        (Fallback::Number(_), DeValue::Integer(n)) => {
+            let plain = n.as_str().replace('_', "");
+            // Kata uses -1 for "as many as the host has", which 0 means too.
+            if plain == "-1" {
+                return Some(Value::Number(0));
+            }
+            u64::from_str_radix(&plain, n.radix()).ok().map(Value::Number)
+        }
+        (Fallback::Number(_), DeValue::Float(f)) => {
+            // Kata 3.x takes a fraction of a CPU; a VM has whole ones.
+            let n: f64 = f.as_str().parse().ok()?;
+            (n >= 0.0 && n < 1e9).then(|| Value::Number(n.ceil() as u64))
+        }
+        (Fallback::List(_), DeValue::Array(list)) => {
+            let texts = list.iter().map(|v| v.get_ref().as_str().map(str::to_string));
+            texts.collect::<Option<Vec<_>>>().map(Value::List)
+        }
+        _ => None,
+    }
+}
+
+fn describe(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(s) => format!("the string {s:?}"),
+        DeValue::Integer(n) => format!("the number {n}"),
+        DeValue::Float(n) => format!("the number {n}"),
+        DeValue::Boolean(b) => b.to_string(),
+        DeValue::Datetime(d) => format!("the date {d}"),
+        DeValue::Array(_) => "a list".to_string(),
+        DeValue::Table(_) => "a table".to_string(),
+    }
+}

@@ -1,0 +1,112 @@
+//! What status shows: a copy of facts about the pool, never a VM itself.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use serde_derive::Serialize;
+use serde_json::{json, Value};
+
+use crate::vm::ledger::State;
+
+/// Facts about one VM.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its id.
+    pub id: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// `direct` or `template`.
+    pub source: String,
+    /// CPUs.
+    pub cpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// Since when it exists.
+    pub since: Instant,
+}
+
+/// Counts since the server's start.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Counters {
+    /// Claims answered with a VM that stood ready.
+    pub claims_from_pool: u64,
+    /// Claims answered after they had waited.
+    pub claims_waited: u64,
+    /// Claims that went away, or ran out of time, before a VM came.
+    pub claims_cancelled: u64,
+    /// VMs whose delivery failed; they were destroyed.
+    pub deliveries_failed: u64,
+    /// Boots that came through.
+    pub boots: u64,
+    /// Boots that failed.
+    pub boots_failed: u64,
+    /// VMs that died while they stood ready.
+    pub died_ready: u64,
+    /// VMs ended because the process that had leased them ended.
+    pub leases_ended: u64,
+}
+
+/// What is shown.
+#[derive(Debug, Default)]
+pub struct Facts {
+    /// VMs to keep ready.
+    pub target: usize,
+    /// Claims in line.
+    pub waiting: usize,
+    /// Counts.
+    pub counters: Counters,
+    /// VMs by QEMU's pid.
+    pub vms: BTreeMap<i32, Seen>,
+    /// The last thing that went wrong.
+    pub last_error: Option<String>,
+}
+
+/// The facts, for whoever asks.
+#[derive(Debug, Default)]
+pub struct Board(Mutex<Facts>);
+
+impl Board {
+    /// The facts, locked: for a few instructions.
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Pid, CPUs and memory (MiB) of the VMs that stand ready.
+    pub fn ready(&self) -> Vec<(i32, u32, u32)> {
+        let facts = self.facts();
+        let ready = facts.vms.iter().filter(|(_, vm)| vm.state == State::Ready);
+        ready.map(|(pid, vm)| (*pid, vm.cpus, vm.memory_mib)).collect()
+    }
+
+    /// The JSON of `vmcache status --json`.
+    pub fn json(&self, endpoint: &str) -> Value {
+        let facts = self.facts();
+        let count = |s: State| facts.vms.values().filter(|v| v.state == s).count();
+        let vms: Vec<Value> = facts
+            .vms
+            .iter()
+            .map(|(pid, vm)| {
+                json!({
+                    "id": vm.id, "pid": pid, "state": vm.state.name(), "source": vm.source,
+                    "cpus": vm.cpus, "memory_mib": vm.memory_mib,
+                    "age_s": vm.since.elapsed().as_secs(),
+                })
+            })
+            .collect();
+        json!({
+            "pid": std::process::id(),
+            "endpoint": endpoint,
+            "version": env!("CARGO_PKG_VERSION"),
+            "pool": {
+                "target": facts.target,
+                "ready": count(State::Ready),
+                "booting": count(State::Booting),
+                "waiting": facts.waiting,
+            },
+            "counters": facts.counters,
+            "vms": vms,
+            "last_error": facts.last_error,
+        })
+    }
+}

@@ -1,0 +1,501 @@
+//! The pool's driver: one thread, one `select!`, every change of the pool.
+//!
+//! Invariants: only this thread starts boots, serves the line, and decides
+//! that a VM is dead; it never waits for a client, a guest or a boot. When it
+//! has returned, no VM that was not handed out is left.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{at, bounded, never, select, Receiver, Sender};
+
+use super::board::Seen;
+use super::claim::{Answer, Place};
+use super::policy::{Policy, View};
+use super::pool::{Ends, Event, Job, Pool, Ready};
+use super::watch::Watch;
+use crate::config::Config;
+use crate::hypervisor::qemu::process::reap;
+use crate::report::chain;
+use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, random, start_time};
+use crate::vm::boot::{boot, BootError, Purpose};
+use crate::vm::ledger::{Owner, State};
+use crate::vm::{wire, Vm};
+use crate::worker::{self, Worker};
+
+/// How long a stopping driver waits for answers that are on their way to clients.
+const DELIVERY: Duration = Duration::from_secs(3);
+/// How long it waits for its boot workers, whose QEMUs it has killed.
+const WORKERS: Duration = Duration::from_secs(15);
+/// SIGKILL.
+const KILL: i32 = 9;
+
+/// What a watched process is to the pool.
+enum Watched {
+    /// QEMU of a VM, by pid.
+    Qemu(i32),
+    /// The process that leases a VM, by QEMU's pid.
+    Owner(i32),
+}
+
+/// A VM being made.
+struct Booting {
+    since: Instant,
+    /// QEMU, once there is one.
+    qemu: Option<(i32, OwnedFd)>,
+}
+
+/// A VM that was handed out; kept to reap it, and to end it with its owner.
+struct Handed {
+    pidfd: OwnedFd,
+    dir: PathBuf,
+    id: String,
+}
+
+/// The driver's state; lives on its thread.
+pub struct Driver {
+    pool: Arc<Pool>,
+    ends: Ends,
+    policy: Policy,
+    jobs: Option<Sender<Job>>,
+    workers: Vec<Worker<()>>,
+    watch: Watch,
+    watched: HashMap<u64, Watched>,
+    tokens: HashMap<i32, u64>,
+    line: VecDeque<Arc<Place>>,
+    booting: HashMap<u64, Booting>,
+    handed: HashMap<i32, Handed>,
+    next_job: u64,
+}
+
+impl Driver {
+    /// Starts the boot workers; the pool begins to fill when [`Driver::run`] does.
+    ///
+    /// # Errors
+    /// When threads or epoll are not to be had.
+    pub fn new(config: &Arc<Config>, pool: &Arc<Pool>, ends: Ends) -> Result<Driver, worker::Error> {
+        // A rendezvous: a job is given only to a worker that is free, which the
+        // policy's bound ensures, so the driver never waits here.
+        let (jobs, jobs_out) = bounded::<Job>(0);
+        let mut workers = Vec::new();
+        for n in 0..config.boot_parallel.min(config.pool.max(1)) {
+            let (config, pool, jobs) = (Arc::clone(config), Arc::clone(pool), jobs_out.clone());
+            let name = format!("vmc-boot-{n}");
+            workers.push(Worker::spawn(&name, move || work(&config, &pool, &jobs))?);
+        }
+        let watch = Watch::start(pool.events.clone()).map_err(|source| worker::Error::Start {
+            name: "vmc-watch".into(),
+            source,
+        })?;
+        pool.board.facts().target = config.pool;
+        Ok(Driver {
+            pool: Arc::clone(pool),
+            ends,
+            policy: Policy::new(config.pool, workers.len()),
+            jobs: Some(jobs),
+            workers,
+            watch,
+            watched: HashMap::new(),
+            tokens: HashMap::new(),
+            line: VecDeque::new(),
+            booting: HashMap::new(),
+            handed: HashMap::new(),
+            next_job: 1,
+        })
+    }
+
+    /// Runs until it is told to stop, and cleans up; why it stopped.
+    pub fn run(mut self) -> String {
+        loop {
+            self.start_boots();
+            let alarm = match self.policy.wake_at(self.view(), Instant::now()) {
+                Some(when) => at(when),
+                None => never(),
+            };
+            let event = select! {
+                recv(self.ends.events) -> event => event.ok(),
+                recv(alarm) -> _ => continue,
+            };
+            match event {
+                Some(Event::Stop { why }) => {
+                    self.stop();
+                    return why;
+                }
+                Some(event) => self.handle(event),
+                // Impossible while the pool, which has a sender, is ours.
+                None => return "the event channel closed".into(),
+            }
+        }
+    }
+
+    fn view(&self) -> View {
+        View { ready: self.pool.ready.len(), booting: self.booting.len(), waiting: self.line.len() }
+    }
+
+    fn start_boots(&mut self) {
+        let now = Instant::now();
+        let Some(jobs) = &self.jobs else { return };
+        for _ in 0..self.policy.to_start(self.view(), now) {
+            let number = self.next_job;
+            if jobs.send(Job { number }).is_err() {
+                return;
+            }
+            self.next_job += 1;
+            self.booting.insert(number, Booting { since: now, qemu: None });
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Claim(place) => self.claim(place),
+            Event::Gone(place) => self.gone(&place),
+            Event::Taken { pid } => {
+                let mut facts = self.pool.board.facts();
+                facts.counters.claims_from_pool += 1;
+                if let Some(seen) = facts.vms.get_mut(&pid) {
+                    seen.state = State::Handing;
+                }
+            }
+            Event::Dead(ready) => self.died(*ready),
+            Event::Delivered { vm, owner } => self.delivered(*vm, owner),
+            Event::Undelivered { vm, why } => self.undelivered(*vm, &why),
+            Event::Started { job, pid, id, pidfd } => self.started(job, pid, id, pidfd),
+            Event::Booted { job, result } => self.booted(job, result),
+            Event::Ended(token) => self.ended(token),
+            Event::Stop { .. } => {}
+        }
+    }
+
+    fn claim(&mut self, place: Arc<Place>) {
+        self.line.push_back(place);
+        self.serve_line();
+        self.pool.board.facts().waiting = self.line.len();
+    }
+
+    /// Gives ready VMs to the claims in line, first come, first served.
+    fn serve_line(&mut self) {
+        while !self.line.is_empty() {
+            let Ok(ready) = self.pool.ready.try_recv() else { return };
+            self.publish(ready);
+        }
+    }
+
+    /// A VM for the first in line, or else for the ready channel.
+    fn publish(&mut self, ready: Box<Ready>) {
+        if !ready.vm.alive() {
+            return self.died(*ready);
+        }
+        let pid = ready.vm.pid();
+        let mut answer = Answer::Vm(ready);
+        while let Some(place) = self.line.pop_front() {
+            self.pool.into_hands();
+            let given = place.give(answer);
+            self.pool.left_line();
+            match given {
+                Ok(()) => {
+                    let mut facts = self.pool.board.facts();
+                    facts.counters.claims_waited += 1;
+                    facts.waiting = self.line.len();
+                    if let Some(seen) = facts.vms.get_mut(&pid) {
+                        seen.state = State::Handing;
+                    }
+                    return;
+                }
+                Err(back) => {
+                    self.pool.out_of_hands();
+                    self.pool.board.facts().counters.claims_cancelled += 1;
+                    answer = back;
+                }
+            }
+        }
+        if let Answer::Vm(ready) = answer {
+            // Full only when thousands of claims had VMs booted for them and left.
+            if let Err(over) = self.ends.ready.try_send(ready) {
+                self.forget(over.into_inner().vm.pid());
+            }
+        }
+    }
+
+    fn gone(&mut self, place: &Arc<Place>) {
+        let before = self.line.len();
+        self.line.retain(|p| !Arc::ptr_eq(p, place));
+        let mut facts = self.pool.board.facts();
+        if self.line.len() < before {
+            self.pool.left_line();
+            facts.counters.claims_cancelled += 1;
+        }
+        facts.waiting = self.line.len();
+    }
+
+    fn delivered(&mut self, mut vm: Vm, owner: Owner) {
+        self.pool.out_of_hands();
+        let pid = vm.pid();
+        log::info!(
+            "vm-claimed: VM {} (QEMU pid {pid}) went to pid {} of uid {}{}",
+            vm.id(),
+            owner.pid,
+            owner.uid,
+            if owner.lease { ", for as long as it lives" } else { "" }
+        );
+        if let Err(e) = vm.record(|l| {
+            l.state = State::Handed;
+            l.owner = Some(owner);
+        }) {
+            // Its owner may have ended it and removed the directory already.
+            log::debug!("record that VM {} was handed out: {e}", vm.id());
+        }
+        let pidfd = match vm.watch() {
+            Ok(pidfd) => pidfd,
+            Err(e) => {
+                log::warn!("watch VM {}: {e}", vm.id());
+                self.forget(pid);
+                return vm.let_go();
+            }
+        };
+        let handed = Handed { pidfd, dir: vm.dir().to_path_buf(), id: vm.id().to_string() };
+        let alive = vm.alive();
+        vm.let_go();
+        self.handed.insert(pid, handed);
+        if !alive {
+            return self.handed_ended(pid);
+        }
+        if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
+            seen.state = State::Handed;
+        }
+        if owner.lease {
+            self.lease(pid, owner);
+        }
+    }
+
+    /// Watches the process that leases a VM.
+    fn lease(&mut self, pid: i32, owner: Owner) {
+        let watched = pidfd_open(owner.pid)
+            .ok()
+            .filter(|_| start_time(owner.pid) == Some(owner.start_time))
+            .and_then(|fd| self.watch.add(fd).ok());
+        match watched {
+            Some(token) => {
+                self.watched.insert(token, Watched::Owner(pid));
+            }
+            None => self.end_lease(pid),
+        }
+    }
+
+    fn end_lease(&mut self, pid: i32) {
+        let Some(handed) = self.handed.get(&pid) else { return };
+        if pidfd_alive(handed.pidfd.as_fd()) {
+            log::info!("reclaimed: the process that leased VM {} has ended; ending the VM", handed.id);
+            self.pool.board.facts().counters.leases_ended += 1;
+            let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
+        }
+    }
+
+    fn undelivered(&mut self, vm: Vm, why: &str) {
+        self.pool.out_of_hands();
+        log::warn!("VM {} was not delivered ({why}): destroying it", vm.id());
+        self.forget(vm.pid());
+        self.pool.board.facts().counters.deliveries_failed += 1;
+        vm.destroy();
+    }
+
+    fn started(&mut self, job: u64, pid: i32, id: String, pidfd: OwnedFd) {
+        let Some(booting) = self.booting.get_mut(&job) else { return };
+        let seen = Seen {
+            id,
+            state: State::Booting,
+            source: "direct".into(),
+            cpus: 0,
+            memory_mib: 0,
+            since: booting.since,
+        };
+        booting.qemu = Some((pid, pidfd));
+        self.pool.board.facts().vms.insert(pid, seen);
+    }
+
+    fn booted(&mut self, job: u64, result: Result<Box<Ready>, Box<BootError>>) {
+        let booting = self.booting.remove(&job);
+        let since = booting.as_ref().map_or_else(Instant::now, |b| b.since);
+        match result {
+            Ok(ready) => self.ready(ready, since),
+            Err(e) => {
+                if let Some((pid, _)) = booting.and_then(|b| b.qemu) {
+                    self.forget(pid);
+                }
+                let mut byte = [0];
+                let jitter = random(&mut byte).map_or(0.5, |()| f64::from(byte[0]) / 255.0);
+                let pause = self.policy.failed(since, Instant::now(), jitter);
+                let text = chain(&*e);
+                log::error!(
+                    "boot-failed: {text}; failure {} in a row, next try in {:.1} s",
+                    self.policy.failures(),
+                    pause.as_secs_f64()
+                );
+                let mut facts = self.pool.board.facts();
+                facts.counters.boots_failed += 1;
+                facts.last_error = Some(text);
+            }
+        }
+    }
+
+    fn ready(&mut self, ready: Box<Ready>, since: Instant) {
+        self.policy.succeeded();
+        let vm = &ready.vm;
+        let pid = vm.pid();
+        match vm.watch().and_then(|fd| self.watch.add(fd)) {
+            Ok(token) => {
+                self.watched.insert(token, Watched::Qemu(pid));
+                self.tokens.insert(pid, token);
+            }
+            Err(e) => log::warn!("watch VM {}: {e}", vm.id()),
+        }
+        let seen = Seen {
+            id: vm.id().to_string(),
+            state: State::Ready,
+            source: vm.source().to_string(),
+            cpus: vm.cpus(),
+            memory_mib: vm.memory_mib(),
+            since,
+        };
+        {
+            let mut facts = self.pool.board.facts();
+            facts.counters.boots += 1;
+            facts.vms.insert(pid, seen);
+        }
+        log::info!(
+            "vm-ready: VM {} (QEMU pid {pid}) after {:.1} s; {} of {} in the pool",
+            vm.id(),
+            since.elapsed().as_secs_f64(),
+            self.pool.ready.len() + 1,
+            self.policy.target()
+        );
+        self.publish(ready);
+    }
+
+    fn ended(&mut self, token: u64) {
+        self.watch.remove(token);
+        match self.watched.remove(&token) {
+            Some(Watched::Owner(pid)) => self.end_lease(pid),
+            Some(Watched::Qemu(pid)) if self.handed.contains_key(&pid) => self.handed_ended(pid),
+            Some(Watched::Qemu(_)) => self.sweep_ready(),
+            None => {}
+        }
+    }
+
+    /// Takes dead VMs out of the ready channel.
+    fn sweep_ready(&mut self) {
+        let all: Vec<_> = self.pool.ready.try_iter().collect();
+        for ready in all {
+            if ready.vm.alive() {
+                let _ = self.ends.ready.try_send(ready);
+            } else {
+                self.died(*ready);
+            }
+        }
+    }
+
+    fn died(&mut self, ready: Ready) {
+        let text = format!(
+            "VM {} (QEMU pid {}) died while it stood ready",
+            ready.vm.id(),
+            ready.vm.pid()
+        );
+        log::error!("vm-died: {text}; replacing it");
+        self.forget(ready.vm.pid());
+        let mut facts = self.pool.board.facts();
+        facts.counters.died_ready += 1;
+        facts.last_error = Some(text);
+    }
+
+    /// A VM that was handed out has ended: no zombie and no directory stays.
+    fn handed_ended(&mut self, pid: i32) {
+        self.forget(pid);
+        if let Some(handed) = self.handed.remove(&pid) {
+            reap(handed.pidfd.as_fd());
+            drop(crate::vm::dir::VmDir::adopt(&handed.dir));
+            log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.id);
+        }
+    }
+
+    /// No word of it in status, and no watch.
+    fn forget(&mut self, pid: i32) {
+        self.pool.board.facts().vms.remove(&pid);
+        if let Some(token) = self.tokens.remove(&pid) {
+            self.watch.remove(token);
+            self.watched.remove(&token);
+        }
+    }
+
+    /// Nothing is handed out any more; what was not handed out is destroyed.
+    fn stop(&mut self) {
+        self.pool.close();
+        self.jobs = None;
+        for place in self.line.drain(..) {
+            self.pool.left_line();
+            let _ = place.give(Answer::Closing);
+        }
+        for booting in self.booting.values() {
+            if let Some((_, pidfd)) = &booting.qemu {
+                let _ = pidfd_kill(pidfd.as_fd(), KILL);
+            }
+        }
+        let delivery = Instant::now() + DELIVERY;
+        let workers = Instant::now() + WORKERS;
+        while self.pool.in_hands() > 0 || !self.booting.is_empty() {
+            for ready in self.pool.ready.try_iter() {
+                ready.vm.destroy();
+            }
+            let until = if self.booting.is_empty() { delivery } else { workers };
+            let event = match self.ends.events.recv_deadline(until) {
+                Ok(event) => event,
+                Err(_) => break,
+            };
+            match event {
+                Event::Claim(place) => {
+                    self.pool.left_line();
+                    let _ = place.give(Answer::Closing);
+                }
+                Event::Started { pidfd, .. } => {
+                    let _ = pidfd_kill(pidfd.as_fd(), KILL);
+                }
+                Event::Booted { job, result } => {
+                    self.booting.remove(&job);
+                    drop(result);
+                }
+                other => self.handle(other),
+            }
+        }
+        for ready in self.pool.ready.try_iter() {
+            ready.vm.destroy();
+        }
+        for worker in self.workers.drain(..) {
+            if let Err(e) = worker.join(WORKERS) {
+                log::error!("stop: {e}");
+            }
+        }
+        self.pool.board.facts().vms.retain(|_, vm| vm.state == State::Handed);
+    }
+}
+
+/// A boot worker: one VM after the other, until there are no more jobs.
+fn work(config: &Config, pool: &Pool, jobs: &Receiver<Job>) {
+    let purpose = Purpose::Pool { endpoint: config.endpoint().display().to_string() };
+    for job in jobs {
+        let number = job.number;
+        let mut started = |id: &str, process: &crate::hypervisor::qemu::process::Process| {
+            if let Ok(pidfd) = process.watch() {
+                let (pid, id) = (process.pid(), id.to_string());
+                pool.tell(Event::Started { job: number, pid, id, pidfd });
+            }
+        };
+        let result = boot(config, &purpose, &mut started)
+            .map(|vm| {
+                let message = wire::to_wire(&vm, config);
+                Box::new(Ready { vm, message })
+            })
+            .map_err(Box::new);
+        pool.tell(Event::Booted { job: number, result });
+    }
+}

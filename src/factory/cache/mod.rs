@@ -1,0 +1,23 @@
+//! The cache factory: a pool of VMs that are ready.
+//!
+//! ```text
+//!            jobs (rendezvous)              ready channel        claims' handlers
+//! driver ───────────────► boot workers      ──────────────►      take one at once
+//!   ▲  ◄─────────────────── events ◄──────────────────────────── or wait in line
+//!   └── one thread, one select!             ◄── watch: pidfds of QEMUs and owners
+//! ```
+//!
+//! Files: [`driver`] the loop, [`policy`] its decisions (pure), [`claim`] a
+//! place in the line, [`pool`] what handlers and driver share, [`watch`] the
+//! pidfds, [`board`] what status shows.
+//!
+//! Invariants: a ready VM is in exactly one place: the ready channel, a claim's
+//! place, or a handler's hands. Claims are served in the order in which they
+//! came. The pool never closes because of a failed boot.
+
+pub mod board;
+pub mod claim;
+pub mod driver;
+pub mod policy;
+pub mod pool;
+pub mod watch;

@@ -1,0 +1,165 @@
+//! What the handlers of claims and the driver share.
+//!
+//! Invariants: the ready channel holds VMs only while no claim is in line;
+//! `waiting` counts the claims in line, the ones on their way to it too, so
+//! that a newcomer never overtakes them; `in_hands` counts VMs between the
+//! channel and the driver's knowing what became of them.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+
+use crossbeam_channel::{bounded, Receiver, Sender};
+
+use super::board::Board;
+use super::claim::Place;
+use crate::config::MAX_POOL;
+use crate::proto::cache::GrpcVM;
+use crate::vm::boot::BootError;
+use crate::vm::ledger::Owner;
+use crate::vm::Vm;
+
+/// Events that may lie before the driver: each of its sources (handlers,
+/// workers, the watch) waits when it is behind by so many.
+const EVENTS: usize = 1024;
+
+/// A VM that can be handed out, its message made already.
+pub struct Ready {
+    /// The VM.
+    pub vm: Vm,
+    /// Its form on the wire.
+    pub message: GrpcVM,
+}
+
+/// What the driver is told.
+pub enum Event {
+    /// A claim found nothing ready and stands in line.
+    Claim(Arc<Place>),
+    /// A claim in line has gone.
+    Gone(Arc<Place>),
+    /// A handler took this VM from the ready channel.
+    Taken { pid: i32 },
+    /// A handler found this VM dead as it took it.
+    Dead(Box<Ready>),
+    /// The client has the VM.
+    Delivered { vm: Box<Vm>, owner: Owner },
+    /// The client may or may not have it: it must be destroyed.
+    Undelivered { vm: Box<Vm>, why: String },
+    /// A worker started QEMU.
+    Started { job: u64, pid: i32, id: String, pidfd: std::os::fd::OwnedFd },
+    /// A worker is done.
+    Booted { job: u64, result: Result<Box<Ready>, Box<BootError>> },
+    /// A watched process has ended.
+    Ended(u64),
+    /// Stop: hand nothing out any more, clean up.
+    Stop { why: String },
+}
+
+/// The handlers' side of the pool.
+pub struct Pool {
+    /// VMs that stand ready.
+    pub ready: Receiver<Box<Ready>>,
+    /// The driver's ear.
+    pub events: Sender<Event>,
+    /// Facts for status.
+    pub board: Board,
+    waiting: AtomicUsize,
+    in_hands: AtomicUsize,
+    closing: AtomicBool,
+}
+
+/// What the driver holds of the channels.
+pub struct Ends {
+    /// Where ready VMs go in.
+    pub ready: Sender<Box<Ready>>,
+    /// Where events come out.
+    pub events: Receiver<Event>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new() -> (Arc<Pool>, Ends) {
+        // More than the pool's target can be ready at once when claims in line
+        // had more booted for them and then went away.
+        let (ready_in, ready) = bounded(2 * MAX_POOL as usize);
+        let (events, events_out) = bounded(EVENTS);
+        let pool = Pool {
+            ready,
+            events,
+            board: Board::default(),
+            waiting: AtomicUsize::new(0),
+            in_hands: AtomicUsize::new(0),
+            closing: AtomicBool::new(false),
+        };
+        (Arc::new(pool), Ends { ready: ready_in, events: events_out })
+    }
+
+    /// A ready VM, when there is one and nobody is in line for it.
+    pub fn take(&self) -> Option<Box<Ready>> {
+        loop {
+            if self.waiting.load(Ordering::SeqCst) > 0 {
+                return None;
+            }
+            // Counted first: a driver that stops must not miss a VM in hand.
+            self.into_hands();
+            let Ok(ready) = self.ready.try_recv() else {
+                self.out_of_hands();
+                return None;
+            };
+            if ready.vm.alive() {
+                return Some(ready);
+            }
+            self.out_of_hands();
+            self.tell(Event::Dead(ready));
+        }
+    }
+
+    /// A VM is on its way to a client.
+    pub fn into_hands(&self) {
+        self.in_hands.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The driver knows what became of it.
+    pub fn out_of_hands(&self) {
+        self.in_hands.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// VMs on their way to clients.
+    pub fn in_hands(&self) -> usize {
+        self.in_hands.load(Ordering::SeqCst)
+    }
+
+    /// Stands in line.
+    pub fn stand_in_line(&self) -> Arc<Place> {
+        let place = Arc::new(Place::default());
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.tell(Event::Claim(Arc::clone(&place)));
+        place
+    }
+
+    /// The driver has dealt with a claim in line.
+    pub fn left_line(&self) {
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Tells the driver; an event after its end is dropped, and what it holds
+    /// destroyed with it.
+    pub fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    /// Whether nothing is handed out any more.
+    pub fn closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
+    /// From now on, nothing is handed out.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A boot to do.
+pub struct Job {
+    /// Its number.
+    pub number: u64,
+}

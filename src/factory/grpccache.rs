@@ -1,0 +1,260 @@
+//! The grpccache factory: the client of a server's pool.
+//!
+//! Speaks Kata's four calls, and asks for a lease by a header that a stock
+//! server does not read.
+//!
+//! Invariants: a VM that was received is owned by the [`Vm`] that is returned;
+//! one that can not be taken over is reported with its id.
+
+use std::error;
+use std::fmt;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
+
+use super::{BaseFactory, VmStatus};
+use crate::proto::cache::{GrpcStatus, GrpcVM};
+use crate::proto::cache_grpc::CacheServiceClient;
+use crate::proto::control_grpc::ControlClient;
+use crate::proto::empty::Empty;
+use crate::sys::rpc::channel_over;
+use crate::vm::{wire, Vm, VmConfig};
+
+/// Header by which a client asks that its VM ends when it does itself.
+pub const LEASE_HEADER: &str = "vmcache-lease";
+/// Deadline of a call that waits for nothing.
+const CALL: Duration = Duration::from_secs(10);
+/// Largest answer taken, in bytes.
+const MAX_ANSWER: i32 = 16 * 1024 * 1024;
+
+/// Why a server did not do what it was asked.
+#[derive(Debug)]
+pub enum Error {
+    /// Nothing listens there.
+    Unreachable { endpoint: PathBuf, source: io::Error },
+    /// No VM came in time.
+    Deadline { endpoint: PathBuf, after: Duration },
+    /// The server is stopping.
+    Stopping { endpoint: PathBuf, text: String },
+    /// The server has no such call.
+    Unsupported { endpoint: PathBuf, call: &'static str },
+    /// It refused or broke off.
+    Call { endpoint: PathBuf, call: &'static str, text: String },
+    /// What it sent makes no sense.
+    Answer { endpoint: PathBuf, call: &'static str, why: String },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Unreachable { endpoint, .. } => write!(
+                f,
+                "connect to the vmcache server at {}: is it running? `vmcache serve` starts one; \
+                 --endpoint or $VMCACHE_ENDPOINT names another socket",
+                endpoint.display()
+            ),
+            Error::Deadline { endpoint, after } => write!(
+                f,
+                "no VM from {} within {:.1} s: `vmcache status` tells why",
+                endpoint.display(),
+                after.as_secs_f64()
+            ),
+            Error::Stopping { endpoint, text } => {
+                write!(f, "the server at {} gives no more VMs: {text}", endpoint.display())
+            }
+            Error::Unsupported { endpoint, call } => write!(
+                f,
+                "the server at {} has no {call}: it is not vmcache's own",
+                endpoint.display()
+            ),
+            Error::Call { endpoint, call, text } => {
+                write!(f, "{call} of the server at {}: {text}", endpoint.display())
+            }
+            Error::Answer { endpoint, call, why } => {
+                write!(f, "the answer to {call} of the server at {}: {why}", endpoint.display())
+            }
+        }
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        match self {
+            Error::Unreachable { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// A connection to a server.
+pub struct GrpcCache {
+    endpoint: PathBuf,
+    cache: CacheServiceClient,
+    control: ControlClient,
+    lease: bool,
+    // Last, so that its threads outlive the channel.
+    _environment: Arc<Environment>,
+}
+
+impl GrpcCache {
+    /// Connects to a server's socket.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`].
+    pub fn connect(endpoint: &Path) -> Result<GrpcCache, Error> {
+        let unreachable =
+            |source| Error::Unreachable { endpoint: endpoint.to_path_buf(), source };
+        let stream = UnixStream::connect(endpoint).map_err(unreachable)?;
+        let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
+        let builder = ChannelBuilder::new(Arc::clone(&environment))
+            .max_receive_message_len(MAX_ANSWER)
+            .http2_bdp_probe(false);
+        let channel = channel_over(builder, "vmcache", stream).map_err(unreachable)?;
+        Ok(GrpcCache {
+            endpoint: endpoint.to_path_buf(),
+            cache: CacheServiceClient::new(channel.clone()),
+            control: ControlClient::new(channel),
+            lease: false,
+            _environment: environment,
+        })
+    }
+
+    /// The same connection, whose VMs end with this process unless they are
+    /// let go of by the server's knowing.
+    pub fn leasing(mut self) -> GrpcCache {
+        self.lease = true;
+        self
+    }
+
+    /// The server's socket.
+    pub fn endpoint(&self) -> &Path {
+        &self.endpoint
+    }
+
+    fn failed(&self, call: &'static str, since: Instant, e: grpcio::Error) -> Error {
+        let endpoint = self.endpoint.clone();
+        match e {
+            grpcio::Error::RpcFailure(status) => match status.code() {
+                RpcStatusCode::DEADLINE_EXCEEDED => {
+                    Error::Deadline { endpoint, after: since.elapsed() }
+                }
+                RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { endpoint, call },
+                RpcStatusCode::UNAVAILABLE => {
+                    Error::Stopping { endpoint, text: status.message().to_string() }
+                }
+                code => {
+                    let text = format!("{} ({code})", status.message());
+                    Error::Call { endpoint, call, text }
+                }
+            },
+            other => Error::Call { endpoint, call, text: other.to_string() },
+        }
+    }
+
+    fn short() -> CallOption {
+        CallOption::default().timeout(CALL)
+    }
+
+    /// Config: what the pool's VMs are.
+    ///
+    /// # Errors
+    /// [`Error`]; so with the following.
+    pub fn fetch_config(&self) -> Result<VmConfig, Error> {
+        let since = Instant::now();
+        let answer = self
+            .cache
+            .config_opt(&Empty::new(), Self::short())
+            .map_err(|e| self.failed("Config", since, e))?;
+        VmConfig::parse(&answer.Data).map_err(|e| Error::Answer {
+            endpoint: self.endpoint.clone(),
+            call: "Config",
+            why: e.to_string(),
+        })
+    }
+
+    /// Config without looking into its answer, for measuring.
+    pub fn fetch_config_raw(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        self.cache
+            .config_opt(&Empty::new(), Self::short())
+            .map(|_| ())
+            .map_err(|e| self.failed("Config", since, e))
+    }
+
+    /// GetBaseVM, as it came: whoever calls this owns a VM that is not held by
+    /// any value. For measuring; everyone else wants [`BaseFactory::get_base_vm`].
+    pub fn claim_raw(&self, within: Option<Duration>) -> Result<GrpcVM, Error> {
+        let since = Instant::now();
+        let mut option = CallOption::default();
+        if let Some(within) = within {
+            option = option.timeout(within);
+        }
+        if self.lease {
+            let mut headers = MetadataBuilder::with_capacity(1);
+            headers.add_str(LEASE_HEADER, "process").expect("a constant ASCII header is valid");
+            option = option.headers(headers.build());
+        }
+        self.cache
+            .get_base_vm_opt(&Empty::new(), option)
+            .map_err(|e| self.failed("GetBaseVM", since, e))
+    }
+
+    /// Status: the VMs that stand ready.
+    pub fn fetch_status(&self) -> Result<GrpcStatus, Error> {
+        let since = Instant::now();
+        self.cache
+            .status_opt(&Empty::new(), Self::short())
+            .map_err(|e| self.failed("Status", since, e))
+    }
+
+    /// The detailed status of a server of ours, as JSON.
+    pub fn fetch_details(&self) -> Result<serde_json::Value, Error> {
+        let since = Instant::now();
+        let answer = self
+            .control
+            .status_opt(&Empty::new(), Self::short())
+            .map_err(|e| self.failed("vmcache.v1.Control/Status", since, e))?;
+        serde_json::from_slice(&answer.json).map_err(|e| Error::Answer {
+            endpoint: self.endpoint.clone(),
+            call: "Status",
+            why: e.to_string(),
+        })
+    }
+
+    /// Quit: the server stops.
+    pub fn quit(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        self.cache
+            .quit_opt(&Empty::new(), Self::short())
+            .map(|_| ())
+            .map_err(|e| self.failed("Quit", since, e))
+    }
+}
+
+impl BaseFactory for GrpcCache {
+    fn config(&self) -> Result<VmConfig, super::Error> {
+        self.fetch_config().map_err(super::Error::Cache)
+    }
+
+    fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, super::Error> {
+        let message = self.claim_raw(within).map_err(super::Error::Cache)?;
+        wire::from_wire(&message).map_err(super::Error::Vm)
+    }
+
+    fn status(&self) -> Result<Vec<VmStatus>, super::Error> {
+        let status = self.fetch_status().map_err(super::Error::Cache)?;
+        Ok(status
+            .vmstatus
+            .iter()
+            .map(|s| VmStatus { pid: s.pid as i32, cpus: s.cpu, memory_mib: s.memory })
+            .collect())
+    }
+
+    fn close(&self) -> Result<(), super::Error> {
+        self.quit().map_err(super::Error::Cache)
+    }
+}

@@ -1,0 +1,160 @@
+//! Factories: where base VMs come from, and what turns one into the VM asked for.
+//!
+//! [`BaseFactory`] is Kata's interface: *direct* boots, *cache* is the server's
+//! pool (a daemon's, so its VMs leave by gRPC and not by this trait),
+//! *grpccache* is the client of one. [`Factory::get_vm`] stands on top. A
+//! *template* factory will take direct's place under the pool.
+
+pub mod cache;
+pub mod direct;
+pub mod grpccache;
+
+use std::error;
+use std::fmt;
+use std::time::Duration;
+
+use crate::agent::kata::KataAgent;
+use crate::config::Config;
+use crate::vm::boot::BootError;
+use crate::vm::{self, Vm, VmConfig};
+
+/// Why there is no VM.
+#[derive(Debug)]
+pub enum Error {
+    /// It could not be booted here.
+    Boot(Box<BootError>),
+    /// The server gave none.
+    Cache(grpccache::Error),
+    /// The VM came, but could not be used; it was destroyed.
+    Vm(vm::Error),
+    /// A larger VM was asked for than the pool has.
+    Larger { what: String },
+    /// The pool's VMs are not what was asked for, and no cold boot is possible.
+    Mismatch { what: String },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Boot(_) => f.write_str("boot a VM"),
+            Error::Cache(_) => f.write_str("get a VM from the pool"),
+            Error::Vm(_) => f.write_str("make the VM ready; it was destroyed"),
+            Error::Larger { what } => write!(
+                f,
+                "{what}: this version does not grow a VM of the pool; \
+                 use --cold for a VM of that size, or change the pool's"
+            ),
+            Error::Mismatch { what } => write!(
+                f,
+                "the pool's VMs differ from what was asked for ({what}), \
+                 and there is no configuration to boot another from"
+            ),
+        }
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        match self {
+            Error::Boot(e) => Some(e),
+            Error::Cache(e) => Some(e),
+            Error::Vm(e) => Some(e),
+            Error::Larger { .. } | Error::Mismatch { .. } => None,
+        }
+    }
+}
+
+/// A VM as a factory counts it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmStatus {
+    /// QEMU's pid.
+    pub pid: i32,
+    /// CPUs.
+    pub cpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+}
+
+/// A source of base VMs, as in Kata.
+pub trait BaseFactory {
+    /// What its VMs are.
+    ///
+    /// # Errors
+    /// [`Error`], as with all of these.
+    fn config(&self) -> Result<VmConfig, Error>;
+    /// One VM, which the caller owns; `None` waits without a deadline.
+    fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, Error>;
+    /// The VMs that it holds ready.
+    fn status(&self) -> Result<Vec<VmStatus>, Error>;
+    /// Ends it; VMs that it handed out stay.
+    fn close(&self) -> Result<(), Error>;
+}
+
+/// What is asked of [`Factory::get_vm`].
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// CPUs; `None` for as many as the base VM has.
+    pub cpus: Option<u32>,
+    /// Memory, MiB; `None` for as much as the base VM has.
+    pub memory_mib: Option<u32>,
+    /// How long to wait for a base VM.
+    pub within: Option<Duration>,
+}
+
+/// A VM that is awake, with a connection to its agent.
+pub struct Obtained {
+    /// The VM; dropping it destroys it.
+    pub vm: Vm,
+    /// Its agent, which has answered.
+    pub agent: KataAgent,
+    /// Why it was booted cold instead of taken from the pool, if it was.
+    pub fallback: Option<String>,
+}
+
+/// A base factory, and a configuration to boot from when it does not fit.
+pub struct Factory<'a> {
+    base: &'a dyn BaseFactory,
+    own: Option<&'a Config>,
+}
+
+impl<'a> Factory<'a> {
+    /// `own` is this side's configuration: what VMs are wanted to be, and what
+    /// a cold one is booted from. Without it, the base's VMs are taken as they are.
+    pub fn new(base: &'a dyn BaseFactory, own: Option<&'a Config>) -> Factory<'a> {
+        Factory { base, own }
+    }
+
+    /// A VM that runs, has its own random numbers and the right time.
+    ///
+    /// # Errors
+    /// [`Error`]; any VM that was on its way is destroyed.
+    pub fn get_vm(&self, wanted: &Wanted) -> Result<Obtained, Error> {
+        let base = self.base.config()?;
+        let differs = self.own.and_then(|own| base.mismatch(&VmConfig::of(own)));
+        if let Some(what) = differs {
+            let own = self.own.ok_or(Error::Mismatch { what: what.clone() })?;
+            log::warn!("the pool's VMs differ from the configuration ({what}): booting a cold VM");
+            let (vm, agent) = direct::cold(own, wanted)?;
+            return Ok(Obtained { vm, agent, fallback: Some(what) });
+        }
+        check_size(&base, wanted)?;
+        let mut vm = self.base.get_base_vm(wanted.within)?;
+        let agent = vm.wake().map_err(Error::Vm)?;
+        Ok(Obtained { vm, agent, fallback: None })
+    }
+}
+
+/// A base VM must be as large as what is asked for, until VMs can grow.
+fn check_size(base: &VmConfig, wanted: &Wanted) -> Result<(), Error> {
+    let asked = [
+        ("CPUs", wanted.cpus, base.cpus()),
+        ("MiB of memory", wanted.memory_mib, base.memory()),
+    ];
+    for (unit, want, have) in asked {
+        if let Some(want) = want.filter(|w| *w > have) {
+            let what = format!("{want} {unit} asked for, the pool's VMs have {have}");
+            return Err(Error::Larger { what });
+        }
+    }
+    Ok(())
+}

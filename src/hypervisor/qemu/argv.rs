@@ -1,0 +1,269 @@
+//! QEMU's command line: a pure function of the configuration and a VM's names.
+//!
+//! Devices and their ids are those of Kata's VMs (`pci-bridge-0`, `serial0`,
+//! `scsi0`, `rng0`, `dimm1`), so that its clients can add devices later.
+//!
+//! Source: command lines of cached VMs of Kata 1.13 and 3.20 (tests/fixtures).
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use crate::config::options::{OURS, QEMU};
+use crate::config::{Accel, Config, Machine};
+
+/// Serial ports for the agent: so many clients can talk to one VM at once.
+pub const AGENT_PORTS: usize = 4;
+
+/// Parameters that every guest's kernel gets; as Kata's.
+const KERNEL: &str = "tsc=reliable no_timer_check rcupdate.rcu_expedited=1 i8042.direct=1 \
+    i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 noreplace-smp reboot=k cryptomgr.notests \
+    net.ifnames=0 pci=lastbus=0 console=hvc0 console=hvc1";
+
+/// What is one VM's own on its command line.
+pub struct Names<'a> {
+    /// The VM's id.
+    pub id: &'a str,
+    /// Its machine UUID.
+    pub uuid: &'a str,
+    /// Its directory.
+    pub dir: &'a Path,
+    /// Number of the fd on which QEMU listens for its monitor.
+    pub monitor: i32,
+    /// The host's memory, MiB: the most to which a guest's can grow.
+    pub host_memory: u64,
+}
+
+/// A comma in a value is written twice.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// The arguments after the executable.
+pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
+    let mut args = Args(Vec::new());
+    args.pair("-name", format!("sandbox-{},debug-threads=on", n.id));
+    args.pair("-uuid", n.uuid);
+    args.pair("-machine", machine(c));
+    args.pair("-cpu", cpu(c));
+    args.pair("-chardev", format!("socket,id=charqmp,fd={},server=on,wait=off", n.monitor));
+    args.pair("-mon", "chardev=charqmp,mode=control");
+    let (memory, most) = (u64::from(c.memory()), n.host_memory.max(c.memory().into()));
+    args.pair("-m", format!("{memory}M,slots={},maxmem={most}M", c.number(QEMU, "memory_slots")));
+    bridges(c, &mut args);
+    serial(n.dir, &mut args);
+    disks_and_random(c, &mut args);
+    args.pair("-device", "vmgenid,guid=auto,id=vmgenid0");
+    args.pair("-rtc", "base=utc,driftfix=slew,clock=host");
+    if c.accel == Accel::Kvm {
+        args.pair("-global", "kvm-pit.lost_tick_policy=discard");
+    }
+    args.pair("-vga", "none");
+    for flag in ["-no-user-config", "-nodefaults", "-nographic", "--no-reboot"] {
+        args.one(flag);
+    }
+    if c.flag(OURS, "sandbox") {
+        args.pair(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
+    }
+    args.pair("-object", backend(c));
+    args.pair("-numa", "node,memdev=dimm1");
+    args.pair("-kernel", c.kernel());
+    args.pair("-initrd", c.initrd());
+    args.pair("-append", append(c));
+    if !c.text(QEMU, "firmware").is_empty() {
+        args.pair("-bios", c.text(QEMU, "firmware"));
+    }
+    let (cpus, most) = (c.cpus(), c.max_cpus());
+    args.pair("-smp", format!("{cpus},cores=1,threads=1,sockets={most},maxcpus={most}"));
+    args.0
+}
+
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn one(&mut self, arg: impl Into<OsString>) {
+        self.0.push(arg.into());
+    }
+
+    fn pair(&mut self, option: &str, value: impl Into<OsString>) {
+        self.one(option);
+        self.one(value);
+    }
+}
+
+fn machine(c: &Config) -> String {
+    let accel = match c.accel {
+        Accel::Kvm => "kvm",
+        Accel::Tcg => "tcg",
+    };
+    let mut out = format!("{},accel={accel}", c.machine.name());
+    let more = c.text(QEMU, "machine_accelerators").trim_matches(',');
+    if !more.is_empty() {
+        out.push(',');
+        out.push_str(more);
+    }
+    out
+}
+
+fn cpu(c: &Config) -> String {
+    let model = match c.accel {
+        Accel::Kvm => "host",
+        Accel::Tcg => "max",
+    };
+    match c.text(QEMU, "cpu_features").trim_matches(',') {
+        "" => model.to_string(),
+        features => format!("{model},{features}"),
+    }
+}
+
+fn bridges(c: &Config, args: &mut Args) {
+    for i in 0..c.number(QEMU, "default_bridges") {
+        let address = 2 + i;
+        let chassis = 1 + i;
+        args.pair("-device", match c.machine {
+            Machine::Q35 => format!(
+                "pci-bridge,bus=pcie.0,id=pci-bridge-{i},chassis_nr={chassis},shpc=off,\
+                 addr={address},io-reserve=4k,mem-reserve=1m,pref64-reserve=1m"
+            ),
+            Machine::Pc => format!(
+                "pci-bridge,bus=pci.0,id=pci-bridge-{i},chassis_nr={chassis},shpc=on,addr={address}"
+            ),
+        });
+    }
+}
+
+/// Console, and the ports on which the agent listens.
+fn serial(dir: &Path, args: &mut Args) {
+    let dir = escaped(dir);
+    args.pair("-device", "virtio-serial-pci,id=serial0");
+    args.pair("-device", "virtconsole,chardev=charconsole0,id=console0");
+    args.pair(
+        "-chardev",
+        format!("socket,id=charconsole0,path={dir}/console.sock,server=on,wait=off"),
+    );
+    for i in 0..AGENT_PORTS {
+        args.pair(
+            "-device",
+            format!("virtserialport,chardev=charch{i},id=channel{i},name=agent.channel.{i}"),
+        );
+        args.pair(
+            "-chardev",
+            format!("socket,id=charch{i},path={dir}/agent.{i}.sock,server=on,wait=off"),
+        );
+    }
+}
+
+fn disks_and_random(c: &Config, args: &mut Args) {
+    if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
+        args.pair("-device", "virtio-scsi-pci,id=scsi0");
+    }
+    let source = escaped(Path::new(c.text(QEMU, "entropy_source")));
+    args.pair("-object", format!("rng-random,id=rng0,filename={source}"));
+    args.pair("-device", "virtio-rng-pci,rng=rng0");
+}
+
+fn backend(c: &Config) -> String {
+    let size = c.memory();
+    let place = if c.flag(QEMU, "enable_hugepages") {
+        "/dev/hugepages"
+    } else {
+        c.text(QEMU, "file_mem_backend")
+    };
+    let mut out = match place {
+        "" => format!("memory-backend-ram,id=dimm1,size={size}M"),
+        dir => {
+            let dir = escaped(Path::new(dir));
+            format!("memory-backend-file,id=dimm1,size={size}M,mem-path={dir},share=on")
+        }
+    };
+    if c.flag(QEMU, "enable_mem_prealloc") || c.flag(QEMU, "enable_hugepages") {
+        out.push_str(",prealloc=on");
+    }
+    out
+}
+
+fn append(c: &Config) -> String {
+    let debug = c.flag(QEMU, "enable_debug");
+    let mut out = format!("{KERNEL} {}", if debug { "debug" } else { "quiet" });
+    out.push_str(&format!(" panic=1 nr_cpus={}", c.max_cpus()));
+    if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
+        out.push_str(" scsi_mod.scan=none");
+    }
+    let more = c.text(QEMU, "kernel_params").trim();
+    if !more.is_empty() {
+        out.push(' ');
+        out.push_str(more);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(text: &str) -> String {
+        let config = Config::parse(Path::new("c.toml"), text).unwrap();
+        let names = Names {
+            id: "ID",
+            uuid: "UUID",
+            dir: Path::new("/run/vc/vm/ID"),
+            monitor: 9,
+            host_memory: 4096,
+        };
+        let args: Vec<String> =
+            argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();
+        args.join(" ")
+    }
+
+    const BASE: &str = "[hypervisor.qemu]\nkernel = \"K\"\ninitrd = \"I\"\ndefault_memory = 256\n\
+                        default_maxvcpus = 2\n";
+
+    #[test]
+    fn a_kvm_q35_vm_has_katas_devices() {
+        let expected = "-name sandbox-ID,debug-threads=on -uuid UUID -machine q35,accel=kvm \
+            -cpu host -chardev socket,id=charqmp,fd=9,server=on,wait=off \
+            -mon chardev=charqmp,mode=control -m 256M,slots=10,maxmem=4096M \
+            -device pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,\
+            io-reserve=4k,mem-reserve=1m,pref64-reserve=1m -device virtio-serial-pci,id=serial0 \
+            -device virtconsole,chardev=charconsole0,id=console0 \
+            -chardev socket,id=charconsole0,path=/run/vc/vm/ID/console.sock,server=on,wait=off";
+        let got = line(BASE);
+        assert!(got.starts_with(expected), "{got}");
+        let end = "-vga none -no-user-config -nodefaults -nographic --no-reboot \
+            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+            -object memory-backend-ram,id=dimm1,size=256M -numa node,memdev=dimm1 -kernel K \
+            -initrd I -append";
+        assert!(got.contains(end), "{got}");
+        assert!(got.ends_with("-smp 1,cores=1,threads=1,sockets=2,maxcpus=2"), "{got}");
+        assert!(got.contains("name=agent.channel.3") && !got.contains("agent.channel.4"));
+    }
+
+    #[test]
+    fn options_find_their_place() {
+        let got = line(
+            "[hypervisor.qemu]\nmachine_type = \"pc\"\ncpu_features = \"pmu=off\"\n\
+             kernel_params = \"a=b\"\nblock_device_driver = \"virtio-blk\"\n\
+             machine_accelerators = \"nvdimm=off\"\nenable_hugepages = true\n\
+             enable_debug = true\n[vmcache]\naccel = \"tcg\"\nsandbox = false\n",
+        );
+        for part in [
+            "-machine pc,accel=tcg,nvdimm=off -cpu max,pmu=off",
+            "pci-bridge,bus=pci.0,id=pci-bridge-0,chassis_nr=1,shpc=on,addr=2",
+            "memory-backend-file,id=dimm1,size=2048M,mem-path=/dev/hugepages,share=on,prealloc=on",
+            " debug panic=1 ",
+            " a=b -smp",
+        ] {
+            assert!(got.contains(part), "{part} in {got}");
+        }
+        for part in ["-sandbox", "scsi", "kvm-pit", "quiet"] {
+            assert!(!got.contains(part), "no {part} in {got}");
+        }
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_no_separator() {
+        assert_eq!(escaped(Path::new("/a,b")), "/a,,b");
+    }
+}

@@ -1,0 +1,187 @@
+//! A QEMU process: started in a session of its own, held by a pidfd.
+//!
+//! Invariants: whoever holds a [`Process`] owns it; dropping it kills QEMU
+//! unless it was let go. QEMU's output goes to a pipe that never blocks it and
+//! is read when it has died. This and `initrd` are the only callers of
+//! `Command::new`.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{fcntl, FcntlArg, OFlag};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
+use nix::unistd::pipe2;
+
+use crate::sys::process::{own_session, pidfd_alive, pidfd_kill, pidfd_open, start_time};
+
+/// Bytes of QEMU's output that an error carries, the last ones.
+pub const KEPT_OUTPUT: usize = 4096;
+/// How long a killed QEMU may take to be gone.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+/// SIGKILL.
+const KILL: i32 = 9;
+
+/// Why QEMU could not be started.
+#[derive(Debug)]
+pub struct SpawnError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl fmt::Display for SpawnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "start QEMU {}", self.path.display())
+    }
+}
+
+impl std::error::Error for SpawnError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// A QEMU that this process started, or one that it took over.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    start_time: u64,
+    pidfd: OwnedFd,
+    output: Option<OwnedFd>,
+    child: bool,
+    let_go: bool,
+}
+
+impl Process {
+    /// Starts QEMU; `monitor` is the one fd that it inherits. With `leased`, the
+    /// kernel kills it when the calling thread ends.
+    ///
+    /// # Errors
+    /// When the executable can not be started.
+    #[allow(clippy::disallowed_methods)] // The one place where QEMU is started.
+    pub fn spawn(
+        qemu: &Path,
+        args: &[OsString],
+        monitor: BorrowedFd<'_>,
+        leased: bool,
+    ) -> Result<Process, SpawnError> {
+        let failed = |source: io::Error| SpawnError { path: qemu.to_path_buf(), source };
+        let (output, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
+        // Our reading end may block; theirs must not, or a full pipe stops the VM.
+        fcntl(&output, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
+        let mut command = Command::new(qemu);
+        command.args(args).env_clear().current_dir("/").stdin(Stdio::null());
+        command.stdout(theirs.try_clone().map_err(failed)?).stderr(Stdio::from(theirs));
+        own_session(&mut command, monitor, leased);
+        let child = command.spawn().map_err(failed)?;
+        let pid = child.id() as i32;
+        let pidfd = pidfd_open(pid).map_err(failed)?;
+        let start_time = start_time(pid).unwrap_or(0);
+        Ok(Process { pid, start_time, pidfd, output: Some(output), child: true, let_go: false })
+    }
+
+    /// Takes over a QEMU that another process started.
+    ///
+    /// # Errors
+    /// When it is gone, or the pid now names another process.
+    pub fn adopt(pid: i32, started: u64) -> io::Result<Process> {
+        let pidfd = pidfd_open(pid)?;
+        if start_time(pid) != Some(started) {
+            return Err(io::Error::other(format!("pid {pid} is another process now")));
+        }
+        Ok(Process { pid, start_time: started, pidfd, output: None, child: false, let_go: false })
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Its start time, in clock ticks after the host's boot.
+    pub fn start_time(&self) -> u64 {
+        self.start_time
+    }
+
+    /// Whether it runs.
+    pub fn alive(&self) -> bool {
+        pidfd_alive(self.pidfd.as_fd())
+    }
+
+    /// Another fd for the same process, to watch it.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
+    /// Gives ownership up: QEMU runs on when this is dropped.
+    pub fn let_go(mut self) {
+        self.let_go = true;
+    }
+
+    /// Kills it and waits until it is gone; harmless when it is already.
+    pub fn kill(&self) {
+        let _ = pidfd_kill(self.pidfd.as_fd(), KILL);
+        self.wait(KILL_WAIT);
+    }
+
+    /// Waits for its end; false when it still runs after `within`.
+    pub fn wait(&self, within: Duration) -> bool {
+        let deadline = Instant::now() + within;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Ok(0) => return false,
+                Ok(_) => {
+                    if self.child {
+                        reap(self.pidfd.as_fd());
+                    }
+                    return true;
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// How it ended and the end of what it wrote, for an error; only when it
+    /// has died, since reading waits for that.
+    pub fn last_words(&mut self) -> String {
+        if self.alive() {
+            return "it is still running".to_string();
+        }
+        let mut text = Vec::new();
+        if let Some(output) = self.output.take() {
+            // A pipe's capacity bounds this.
+            let _ = fs::File::from(output).take(1 << 20).read_to_end(&mut text);
+        }
+        let from = text.len().saturating_sub(KEPT_OUTPUT);
+        let text = String::from_utf8_lossy(&text[from..]).trim().to_string();
+        match text.as_str() {
+            "" => "it wrote nothing".to_string(),
+            words => format!("it wrote: {words}"),
+        }
+    }
+}
+
+/// Collects a child's exit status, so that no zombie stays.
+pub fn reap(pidfd: BorrowedFd<'_>) -> Option<WaitStatus> {
+    waitid(Id::PIDFd(pidfd), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG).ok()
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.let_go {
+            self.kill();
+        }
+    }
+}

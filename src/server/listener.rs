@@ -1,0 +1,282 @@
+//! The socket: its lock, its path, its permissions, and who connects.
+//!
+//! A server holds a lock on `<endpoint>.lock` for all its life, so a socket
+//! whose lock is free is stale and is replaced; the new one appears under its
+//! name with its permissions already set. Connections are accepted here and
+//! not by gRPC, so that the peer's credentials are known before a byte of it
+//! is read.
+
+use std::collections::HashMap;
+use std::error;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use grpcio::Server;
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::{chown, Group};
+
+use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
+use crate::sys::process::start_time;
+use crate::sys::rpc::{peer_credentials, serve_connection};
+use crate::worker::{self, Worker};
+
+/// Pause after accepting failed, for want of fds for example.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no socket.
+#[derive(Debug)]
+pub enum Error {
+    /// Its path is too long.
+    TooLong { endpoint: PathBuf },
+    /// Its directory does not exist.
+    NoDirectory { endpoint: PathBuf },
+    /// Another server has it.
+    Held { endpoint: PathBuf, holder: String },
+    /// Something else is there.
+    NotASocket { endpoint: PathBuf },
+    /// The group does not exist.
+    NoGroup { name: String },
+    /// The system refused.
+    Io { during: &'static str, path: PathBuf, source: io::Error },
+    /// No thread to accept.
+    Thread(worker::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::TooLong { endpoint } => write!(
+                f,
+                "socket path of {} bytes, but at most {MAX_SOCKET_PATH} are possible: {}",
+                endpoint.as_os_str().len(),
+                endpoint.display()
+            ),
+            Error::NoDirectory { endpoint } => write!(
+                f,
+                "the directory of {} does not exist: make it, or change vm_cache_endpoint",
+                endpoint.display()
+            ),
+            Error::Held { endpoint, holder } => write!(
+                f,
+                "another server (pid {holder}) holds {}: stop it with `vmcache quit`, \
+                 or use another endpoint",
+                endpoint.display()
+            ),
+            Error::NotASocket { endpoint } => write!(
+                f,
+                "{} exists and is no socket: remove it, or change vm_cache_endpoint",
+                endpoint.display()
+            ),
+            Error::NoGroup { name } => write!(f, "socket_group {name:?} does not exist on this host"),
+            Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
+            Error::Thread(_) => f.write_str("accept connections"),
+        }
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } => Some(source),
+            Error::Thread(source) => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// The right to an endpoint, held by one server at a time.
+pub struct Lock {
+    endpoint: PathBuf,
+    _file: Flock<File>,
+}
+
+impl Lock {
+    /// Takes it.
+    ///
+    /// # Errors
+    /// [`Error::Held`] with the holder's pid, or as the file system's.
+    pub fn take(endpoint: &Path) -> Result<Lock, Error> {
+        if endpoint.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(Error::TooLong { endpoint: endpoint.to_path_buf() });
+        }
+        if !endpoint.parent().is_some_and(Path::is_dir) {
+            return Err(Error::NoDirectory { endpoint: endpoint.to_path_buf() });
+        }
+        let path = beside(endpoint, "lock");
+        let failed = |source| Error::Io { during: "lock", path: path.clone(), source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut f, e)| {
+            if e != nix::errno::Errno::EWOULDBLOCK {
+                return failed(e.into());
+            }
+            let mut holder = String::new();
+            let _ = (&mut f).take(32).read_to_string(&mut holder);
+            Error::Held { endpoint: endpoint.to_path_buf(), holder: holder.trim().to_string() }
+        })?;
+        file.set_len(0)
+            .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
+            .map_err(failed)?;
+        Ok(Lock { endpoint: endpoint.to_path_buf(), _file: file })
+    }
+
+    /// Removes a stale socket and puts a new one in its place.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn listen(&self, config: &Config) -> Result<UnixListener, Error> {
+        use std::os::unix::fs::FileTypeExt;
+        let endpoint = &self.endpoint;
+        match fs::symlink_metadata(endpoint) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(Error::NotASocket { endpoint: endpoint.clone() });
+            }
+            Ok(_) => log::warn!("replacing the stale socket {}", endpoint.display()),
+            Err(_) => {}
+        }
+        // Bound beside its place: it has its permissions when its name appears.
+        let new = beside(endpoint, "n");
+        let failed = |during| {
+            let path = endpoint.clone();
+            move |source| Error::Io { during, path, source }
+        };
+        let _ = fs::remove_file(&new);
+        let socket = UnixListener::bind(&new).map_err(failed("bind"))?;
+        let mode = fs::Permissions::from_mode(config.socket_mode);
+        fs::set_permissions(&new, mode).map_err(failed("set the permissions of"))?;
+        let group = config.text(OURS, "socket_group");
+        if !group.is_empty() {
+            let found = Group::from_name(group).ok().flatten();
+            let found = found.ok_or_else(|| Error::NoGroup { name: group.to_string() })?;
+            chown(&new, None, Some(found.gid))
+                .map_err(|e| failed("set the group of")(e.into()))?;
+        }
+        fs::rename(&new, endpoint).map_err(failed("put in place"))?;
+        Ok(socket)
+    }
+
+    /// Removes the socket and lets the lock go.
+    pub fn release(self) {
+        let _ = fs::remove_file(&self.endpoint);
+        let _ = fs::remove_file(beside(&self.endpoint, "lock"));
+    }
+}
+
+fn beside(endpoint: &Path, ending: &str) -> PathBuf {
+    let mut name = endpoint.as_os_str().to_os_string();
+    name.push(".");
+    name.push(ending);
+    name.into()
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// Its pid when it connected.
+    pub pid: i32,
+    /// Its start time, clock ticks after boot.
+    pub start_time: u64,
+    /// Its user.
+    pub uid: u32,
+}
+
+/// Peers by the number of their connection's fd, under which gRPC names them.
+///
+/// An entry is replaced when its fd is used again, so there are never more
+/// than the process may have fds.
+#[derive(Clone, Debug, Default)]
+pub struct Peers(Arc<Mutex<HashMap<i32, Peer>>>);
+
+impl Peers {
+    /// The peer that gRPC calls `fd:N`.
+    pub fn find(&self, name: &str) -> Option<Peer> {
+        let fd: i32 = name.rsplit(':').next()?.parse().ok()?;
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).get(&fd).copied()
+    }
+
+    fn insert(&self, fd: i32, peer: Peer) {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).insert(fd, peer);
+    }
+}
+
+/// The thread that accepts.
+pub struct Accepting {
+    socket: OwnedFd,
+    thread: Worker<Server>,
+}
+
+impl Accepting {
+    /// Stops accepting and gives the gRPC server back.
+    pub fn stop(self, within: Duration) -> Option<Server> {
+        let _ = nix::sys::socket::shutdown(
+            self.socket.as_raw_fd(),
+            nix::sys::socket::Shutdown::Both,
+        );
+        self.thread.join(within).map_err(|e| log::error!("stop: {e}")).ok()
+    }
+}
+
+/// Accepts connections and gives them to gRPC.
+///
+/// # Errors
+/// When there is no thread.
+pub fn accept(listener: UnixListener, mut server: Server, peers: Peers) -> Result<Accepting, Error> {
+    server.start();
+    let socket = listener.try_clone().map_err(|source| Error::Io {
+        during: "duplicate the socket of",
+        path: PathBuf::new(),
+        source,
+    })?;
+    let thread = Worker::spawn("vmc-accept", move || {
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => admit(stream, &mut server, &peers),
+                // The socket was shut down.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => return server,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    log::error!("accept a connection: {e}");
+                    pause();
+                }
+            }
+        }
+    })
+    .map_err(Error::Thread)?;
+    Ok(Accepting { socket: socket.into(), thread })
+}
+
+#[allow(clippy::disallowed_methods)] // Nothing tells when fds are to be had again.
+fn pause() {
+    std::thread::sleep(ACCEPT_PAUSE);
+}
+
+fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
+    let (pid, uid, _gid) = match peer_credentials(&stream) {
+        Ok(found) => found,
+        Err(e) => {
+            log::warn!("refused a connection whose peer can not be told: {e}");
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+    };
+    // Known before gRPC can name it.
+    let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid };
+    peers.insert(stream.as_raw_fd(), peer);
+    if let Err(e) = serve_connection(server, stream) {
+        log::warn!("serve the connection of pid {pid}: {e}");
+    }
+}

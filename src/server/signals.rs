@@ -1,0 +1,45 @@
+//! SIGTERM, SIGINT and SIGHUP become an event of the driver.
+
+use std::io;
+use std::sync::Arc;
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::factory::cache::pool::Pool;
+use crate::worker::{self, Worker};
+
+/// The signals that are waited for.
+pub struct Signals(SigSet);
+
+/// Blocks them in this thread and those it will start.
+///
+/// # Errors
+/// As pthread_sigmask(3).
+pub fn block() -> io::Result<Signals> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    Ok(Signals(set))
+}
+
+impl Signals {
+    /// Starts the thread that waits for them. It ends with the process.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub fn forward(self, pool: &Arc<Pool>) -> Result<(), worker::Error> {
+        let pool = Arc::clone(pool);
+        Worker::spawn("vmc-signals", move || loop {
+            match self.0.wait() {
+                Ok(Signal::SIGHUP) => {
+                    log::warn!("SIGHUP: this version does not reload; restart it to change its configuration");
+                }
+                Ok(signal) => super::stop(&pool, signal.as_str()),
+                Err(e) => log::warn!("wait for signals: {e}"),
+            }
+        })
+        .map(|_| ())
+    }
+}

@@ -1,0 +1,104 @@
+//! Trees there and back, and streams that want out.
+
+use super::*;
+use std::os::unix::fs::symlink;
+
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Dir {
+        let path = std::env::temp_dir().join(format!("vmcache-tree-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Dir(path)
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn modes_links_and_attributes_survive() {
+    let (from, to) = (Dir::new("from"), Dir::new("to"));
+    let d = &from.0;
+    fs::create_dir(d.join("sub")).unwrap();
+    fs::write(d.join("sub/file"), b"hello").unwrap();
+    fs::set_permissions(d.join("sub/file"), fs::Permissions::from_mode(0o4711)).unwrap();
+    fs::hard_link(d.join("sub/file"), d.join("twin")).unwrap();
+    fs::hard_link(d.join("sub/file"), d.join("third")).unwrap();
+    symlink("/etc/passwd", d.join("out")).unwrap();
+    let has_xattr = xattr::set(d.join("sub/file"), "user.colour", b"red").is_ok();
+    let long = "n".repeat(180);
+    fs::write(d.join(&long), vec![7; 100_000]).unwrap();
+    fs::set_permissions(d.join("sub"), fs::Permissions::from_mode(0o555)).unwrap();
+
+    let mut stream = Vec::new();
+    pack(d, Path::new(""), &mut stream).unwrap();
+    let root = nix::unistd::geteuid().is_root();
+    unpack(&mut stream.as_slice(), &to.0, root).unwrap();
+
+    let t = &to.0;
+    let file = fs::metadata(t.join("sub/file")).unwrap();
+    assert_eq!((file.mode() & 0o7777, file.len()), (0o4711, 5));
+    let inode = |n: &str| fs::metadata(t.join(n)).unwrap().ino();
+    assert!(inode("sub/file") == inode("twin") && inode("twin") == inode("third"));
+    assert_eq!(fs::read_link(t.join("out")).unwrap(), Path::new("/etc/passwd"));
+    assert_eq!(fs::metadata(t.join("sub")).unwrap().mode() & 0o7777, 0o555);
+    assert_eq!(fs::metadata(t.join(&long)).unwrap().len(), 100_000);
+    if has_xattr {
+        assert_eq!(xattr::get(t.join("sub/file"), "user.colour").unwrap().unwrap(), b"red");
+    }
+}
+
+fn entry(name: &[u8], kind: EntryType, link: Option<&str>) -> Vec<u8> {
+    let mut header = Header::new_gnu();
+    header.as_old_mut().name[..name.len()].copy_from_slice(name);
+    header.set_entry_type(kind);
+    header.set_mode(0o644);
+    header.set_size(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    if let Some(link) = link {
+        header.set_link_name(link).unwrap();
+    }
+    header.set_cksum();
+    header.as_bytes().to_vec()
+}
+
+#[test]
+fn names_that_leave_the_target_are_refused() {
+    let outside = Dir::new("outside");
+    let out = outside.0.display().to_string();
+    let streams: Vec<Vec<u8>> = vec![
+        entry(b"../evil", EntryType::Regular, None),
+        entry(b"a/../../evil", EntryType::Regular, None),
+        entry(format!("{out}/evil").as_bytes(), EntryType::Regular, None),
+        entry(b"../evil", EntryType::Fifo, None),
+        [entry(b"l", EntryType::Symlink, Some(&out)), entry(b"l/evil", EntryType::Regular, None)]
+            .concat(),
+        [entry(b"l", EntryType::Symlink, Some(&out)), entry(b"l/evil", EntryType::Fifo, None)]
+            .concat(),
+        [entry(b"l", EntryType::Symlink, Some(&out)), entry(b"l/evil", EntryType::Directory, None)]
+            .concat(),
+    ];
+    for (n, mut stream) in streams.into_iter().enumerate() {
+        let to = Dir::new(&format!("target-{n}"));
+        stream.extend([0; 1024]);
+        assert!(unpack(&mut stream.as_slice(), &to.0, false).is_err(), "stream {n}");
+        assert!(!outside.0.join("evil").exists(), "stream {n}");
+        assert!(!to.0.parent().unwrap().join("evil").exists(), "stream {n}");
+    }
+}
+
+#[test]
+fn a_stream_that_breaks_off_is_an_error() {
+    let from = Dir::new("half");
+    fs::write(from.0.join("file"), vec![1; 10_000]).unwrap();
+    let mut stream = Vec::new();
+    pack(&from.0, Path::new(""), &mut stream).unwrap();
+    let to = Dir::new("half-to");
+    assert!(unpack(&mut &stream[..3000], &to.0, false).is_err());
+}

@@ -1,0 +1,49 @@
+//! What makes each VM its own: ids, random numbers, the clock.
+
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::agent::{Agent, Error};
+use crate::sys::process::random;
+
+/// Bytes with which a guest's random generator is reseeded.
+pub const SEED: usize = 512;
+
+/// A random UUID (version 4).
+///
+/// # Errors
+/// When the kernel gives no random bytes.
+pub fn uuid() -> io::Result<String> {
+    let mut b = [0; 16];
+    random(&mut b)?;
+    b[6] = b[6] & 0x0f | 0x40;
+    b[8] = b[8] & 0x3f | 0x80;
+    let hex: String = b.iter().map(|x| format!("{x:02x}")).collect();
+    Ok(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]))
+}
+
+/// Gives a guest random numbers and a clock of its own.
+///
+/// Done before a VM is published and again when a client resumes it: it may
+/// have been paused for long, and a clone has its template's generator.
+///
+/// # Errors
+/// As the agent's; the VM must then not be used.
+pub fn refresh(agent: &dyn Agent) -> Result<(), Error> {
+    let mut seed = [0; SEED];
+    random(&mut seed).map_err(|source| Error::Host { during: "take random bytes", source })?;
+    agent.reseed_rng(&seed)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    agent.set_guest_date_time(now)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn uuids_are_version_four_and_differ() {
+        let (a, b) = (super::uuid().unwrap(), super::uuid().unwrap());
+        assert_ne!(a, b);
+        assert_eq!((a.len(), &a[14..15]), (36, "4"));
+        assert!("89ab".contains(&a[19..20]), "{a}");
+    }
+}

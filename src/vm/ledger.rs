@@ -1,0 +1,154 @@
+//! The ledger: what is on disk about a VM, so that a crash forgets none.
+//!
+//! One file `vm.json` in each VM's directory, replaced whole (written beside,
+//! renamed) at every change of state. A state is written before what it
+//! announces happens.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::Path;
+
+use serde_derive::{Deserialize, Serialize};
+
+/// The file's name.
+pub const FILE: &str = "vm.json";
+/// Largest file read, in bytes.
+const MAX_FILE: u64 = 64 * 1024;
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// QEMU runs, the guest is not ready.
+    Booting,
+    /// In the pool.
+    Ready,
+    /// Being given to a claim.
+    Handing,
+    /// A client's.
+    Handed,
+}
+
+impl State {
+    /// Its name in status and ledger.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Booting => "booting",
+            State::Ready => "ready",
+            State::Handing => "handing",
+            State::Handed => "handed",
+        }
+    }
+}
+
+/// A process that claimed a VM: pid and start time, which name it for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Its pid.
+    pub pid: i32,
+    /// Its start time, clock ticks after boot.
+    pub start_time: u64,
+    /// Its user.
+    pub uid: u32,
+    /// Whether the VM ends when this process does.
+    pub lease: bool,
+}
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// The VM's id.
+    pub id: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// QEMU's pid; 0 before it was started.
+    pub pid: i32,
+    /// QEMU's start time, clock ticks after boot.
+    pub start_time: u64,
+    /// Machine UUID.
+    pub uuid: String,
+    /// `direct` or `template`.
+    pub source: String,
+    /// CPUs.
+    pub cpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// Socket of the server whose pool it was made for; empty for a VM that a
+    /// client booted itself.
+    pub endpoint: String,
+    /// When it was made, seconds since the epoch.
+    pub created: u64,
+    /// Who claimed it.
+    pub owner: Option<Owner>,
+}
+
+impl Ledger {
+    /// Writes it into a VM's directory.
+    ///
+    /// # Errors
+    /// As the file system's.
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
+        let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
+        let temporary = dir.join("vm.json.new");
+        fs::write(&temporary, bytes)?;
+        fs::rename(&temporary, dir.join(FILE))
+    }
+
+    /// Reads a VM's directory.
+    ///
+    /// # Errors
+    /// When there is no ledger, or it is damaged.
+    pub fn read(dir: &Path) -> io::Result<Ledger> {
+        let mut bytes = Vec::new();
+        fs::File::open(dir.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
+        let ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        if dir.file_name().is_none_or(|n| n != ledger.id.as_str()) {
+            return Err(io::Error::other(format!("it is the ledger of VM {:?}", ledger.id)));
+        }
+        Ok(ledger)
+    }
+
+    /// All VMs with a ledger below a store, by directory; damaged ones are
+    /// left out.
+    pub fn all(store: &Path) -> Vec<(std::path::PathBuf, Ledger)> {
+        let entries = fs::read_dir(store).into_iter().flatten().flatten();
+        let mut found: Vec<_> = entries
+            .filter_map(|e| Ledger::read(&e.path()).ok().map(|l| (e.path(), l)))
+            .collect();
+        found.sort_by_key(|(_, l)| (l.created, l.pid));
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ledger_comes_back_and_a_damaged_one_is_refused() {
+        let dir = std::env::temp_dir().join(format!("vmcache-ledger-{}", std::process::id()));
+        let vm = dir.join("a");
+        fs::create_dir_all(&vm).unwrap();
+        let ledger = Ledger {
+            id: "a".into(),
+            state: State::Ready,
+            pid: 1,
+            start_time: 2,
+            uuid: "u".into(),
+            source: "direct".into(),
+            cpus: 1,
+            memory_mib: 64,
+            endpoint: "/e".into(),
+            created: 3,
+            owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true }),
+        };
+        ledger.write(&vm).unwrap();
+        assert_eq!(Ledger::read(&vm).unwrap(), ledger);
+        assert_eq!(Ledger::all(&dir).len(), 1);
+        fs::rename(&vm, dir.join("b")).unwrap();
+        assert!(Ledger::read(&dir.join("b")).is_err());
+        fs::write(dir.join("b").join(FILE), b"{").unwrap();
+        assert!(Ledger::all(&dir).is_empty());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

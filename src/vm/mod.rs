@@ -1,0 +1,223 @@
+//! A virtual machine and its life.
+//!
+//! ```text
+//!            boot.rs                                 (the pool)      (the client)
+//! Spawned ─► Connected ─► Booted ─► Ready = a Vm ─► Handing ─► Handed
+//!    └───────────┴───────────┴────────┴──────────────┴─► destroyed when dropped
+//! ```
+//!
+//! Invariants: a [`Vm`] has one owner, whoever holds the value; it moves, it is
+//! never shared. Dropping it kills QEMU and removes its directory, so every
+//! error path cleans up; only [`Vm::let_go`] leaves it running.
+
+pub mod boot;
+pub mod config;
+pub mod dir;
+pub mod identity;
+pub mod ledger;
+pub mod wire;
+
+use std::error;
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+pub use config::VmConfig;
+use dir::VmDir;
+use ledger::Ledger;
+
+use crate::agent::address::Address;
+use crate::agent::kata::KataAgent;
+use crate::agent::{self, Agent};
+use crate::hypervisor::qemu::process::Process;
+use crate::hypervisor::qemu::qmp::{self, Qmp, QUICK};
+
+/// Until a VM that ran before answers again after it was resumed.
+pub const ANSWER: Duration = Duration::from_secs(20);
+
+/// Why something could not be done with a VM.
+#[derive(Debug)]
+pub enum Error {
+    /// Its QEMU is gone.
+    Dead { id: String, pid: i32 },
+    /// QEMU did not do what it was asked.
+    Monitor { id: String, source: qmp::Error },
+    /// The agent did not.
+    Agent { id: String, source: agent::Error },
+    /// It could not be taken over from what came over the wire.
+    Adopt { id: String, why: String },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Dead { id, pid } => write!(f, "VM {id} is dead: its QEMU, pid {pid}, has ended"),
+            Error::Monitor { id, .. } => write!(f, "control VM {id}"),
+            Error::Agent { id, .. } => write!(f, "talk to VM {id}"),
+            Error::Adopt { id, why } => write!(f, "take VM {id} over: {why}"),
+        }
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        match self {
+            Error::Monitor { source, .. } => Some(source),
+            Error::Agent { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// A virtual machine whose agent has answered; whoever holds it owns it.
+#[derive(Debug)]
+pub struct Vm {
+    // First, so that QEMU is gone before its directory is.
+    process: Process,
+    dir: VmDir,
+    ledger: Ledger,
+    agent: Address,
+    paused: bool,
+}
+
+impl Vm {
+    /// Its id, a UUID.
+    pub fn id(&self) -> &str {
+        &self.ledger.id
+    }
+
+    /// QEMU's pid.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// Its CPUs.
+    pub fn cpus(&self) -> u32 {
+        self.ledger.cpus
+    }
+
+    /// Its memory, MiB.
+    pub fn memory_mib(&self) -> u32 {
+        self.ledger.memory_mib
+    }
+
+    /// How it was made: `direct` or `template`.
+    pub fn source(&self) -> &str {
+        &self.ledger.source
+    }
+
+    /// Its directory on the host.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Path of QEMU's monitor.
+    pub fn monitor(&self) -> std::path::PathBuf {
+        self.dir.monitor()
+    }
+
+    /// Where its agent is.
+    pub fn agent_address(&self) -> &Address {
+        &self.agent
+    }
+
+    /// Whether its virtual CPUs stand still.
+    pub fn paused(&self) -> bool {
+        self.paused
+    }
+
+    /// What is on disk about it.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Changes what is on disk about it.
+    ///
+    /// # Errors
+    /// As the file system's; the old ledger then stands.
+    pub fn record(&mut self, change: impl FnOnce(&mut Ledger)) -> std::io::Result<()> {
+        let mut new = self.ledger.clone();
+        change(&mut new);
+        new.write(self.dir.path())?;
+        self.ledger = new;
+        Ok(())
+    }
+
+    /// Whether QEMU runs.
+    pub fn alive(&self) -> bool {
+        self.process.alive()
+    }
+
+    /// A pidfd of QEMU, to watch for its end.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn watch(&self) -> std::io::Result<std::os::fd::OwnedFd> {
+        self.process.watch()
+    }
+
+    /// Lets the virtual CPUs run; nothing happens when they do already.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] or [`Error::Monitor`].
+    pub fn resume(&mut self) -> Result<(), Error> {
+        self.monitored(Qmp::resume)?;
+        self.paused = false;
+        Ok(())
+    }
+
+    /// Stops the virtual CPUs.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] or [`Error::Monitor`].
+    pub fn pause(&mut self) -> Result<(), Error> {
+        self.monitored(Qmp::pause)?;
+        self.paused = true;
+        Ok(())
+    }
+
+    fn monitored<T>(&self, f: impl FnOnce(&mut Qmp) -> Result<T, qmp::Error>) -> Result<T, Error> {
+        if !self.alive() {
+            return Err(Error::Dead { id: self.id().into(), pid: self.pid() });
+        }
+        Qmp::connect(&self.dir.monitor(), QUICK)
+            .and_then(|mut q| f(&mut q))
+            .map_err(|source| Error::Monitor { id: self.id().into(), source })
+    }
+
+    /// Connects to the agent; the VM must run.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] or [`Error::Agent`].
+    pub fn connect_agent(&self) -> Result<KataAgent, Error> {
+        let failed = |source| match self.alive() {
+            true => Error::Agent { id: self.id().into(), source },
+            false => Error::Dead { id: self.id().into(), pid: self.pid() },
+        };
+        KataAgent::connect(&self.agent, ANSWER).map_err(failed)
+    }
+
+    /// Resumes it and gives the guest fresh random numbers and the time: what
+    /// every claim does before the VM is used. Gives a connection to its agent.
+    ///
+    /// # Errors
+    /// Any of [`Error`]; the VM must then be destroyed.
+    pub fn wake(&mut self) -> Result<KataAgent, Error> {
+        if self.paused {
+            self.resume()?;
+        }
+        let agent = self.connect_agent()?;
+        identity::refresh(&agent as &dyn Agent)
+            .map_err(|source| Error::Agent { id: self.id().into(), source })?;
+        Ok(agent)
+    }
+
+    /// Kills QEMU and removes the directory; the same as dropping it.
+    pub fn destroy(self) {}
+
+    /// Gives ownership up: VM and directory stay, for whoever owns them now.
+    pub fn let_go(self) {
+        self.process.let_go();
+        self.dir.let_go();
+    }
+}

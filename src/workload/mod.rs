@@ -1,0 +1,232 @@
+//! Commands in a VM: what a claimed VM is for.
+//!
+//! A [`Guest`] is a VM that is awake, with its agent; [`Guest::spawn`] runs a
+//! [`Command`] in it and gives a [`Running`], whose streams are read and
+//! written like a local child's.
+//!
+//! Invariant: dropping a [`Guest`] destroys its VM; [`Guest::keep`] leaves it.
+
+mod command;
+mod files;
+mod running;
+
+use std::error;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_derive::{Deserialize, Serialize};
+
+pub use command::Command;
+pub use files::{copy_in, copy_out, send_root};
+pub use running::{Running, StreamReader, StreamWriter};
+
+use crate::agent::kata::KataAgent;
+use crate::agent::{self, Agent, ProcessId};
+use crate::factory::Obtained;
+use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
+use crate::tree;
+use crate::vm::{identity, Vm};
+
+/// Name of the container in which [`Guest::spawn`] runs the first command.
+pub const MAIN: &str = "main";
+/// Where a root file system from the host is unpacked in the guest.
+pub const GUEST_ROOT: &str = "/run/vmcache/rootfs";
+/// Beside a VM's ledger: which container later commands join.
+const NOTE: &str = "workload.json";
+
+/// Why a command could not be run, or files not be copied.
+#[derive(Debug)]
+pub enum Error {
+    /// The agent refused or did not answer.
+    Agent(agent::Error),
+    /// The program does not exist in the guest.
+    NotFound { text: String },
+    /// The program can not be executed.
+    NotExecutable { text: String },
+    /// Local files.
+    Tree(tree::Error),
+    /// The local system.
+    Io { during: &'static str, path: PathBuf, source: io::Error },
+    /// The guest's side of a copy failed.
+    Copy { text: String },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Agent(_) => f.write_str("run in the VM"),
+            Error::NotFound { text } | Error::NotExecutable { text } => f.write_str(text),
+            Error::Tree(_) => f.write_str("copy files"),
+            Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
+            Error::Copy { text } => write!(f, "copy files: {text}"),
+        }
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        match self {
+            Error::Agent(e) => Some(e),
+            Error::Tree(e) => Some(e),
+            Error::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// CreateContainer and ExecProcess tell by these codes that the program itself
+/// is the matter.
+fn start_error(e: agent::Error) -> Error {
+    match e {
+        agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. } => Error::NotFound { text },
+        agent::Error::Refused { code: ttrpc::Code::PERMISSION_DENIED, text, .. } => {
+            Error::NotExecutable { text }
+        }
+        other => Error::Agent(other),
+    }
+}
+
+/// What later commands need to know of the VM's workload.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Note {
+    container: String,
+    root: String,
+}
+
+/// A VM that is awake.
+pub struct Guest {
+    vm: Vm,
+    agent: Arc<KataAgent>,
+    fallback: Option<String>,
+}
+
+impl From<Obtained> for Guest {
+    fn from(o: Obtained) -> Guest {
+        Guest { vm: o.vm, agent: Arc::new(o.agent), fallback: o.fallback }
+    }
+}
+
+impl Guest {
+    /// A VM whose agent is connected.
+    pub fn new(vm: Vm, agent: KataAgent) -> Guest {
+        Guest { vm, agent: Arc::new(agent), fallback: None }
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &Arc<KataAgent> {
+        &self.agent
+    }
+
+    /// Why it was booted cold instead of taken from the pool, if it was.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// Runs a command in a container of its own.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] and [`Error::NotExecutable`] when the program is the
+    /// matter.
+    pub fn spawn(&self, command: &Command) -> Result<Running, Error> {
+        self.spawn_in(command, MAIN, "/")
+    }
+
+    /// The same with a root that [`send_root`] brought into the guest.
+    ///
+    /// # Errors
+    /// As [`Guest::spawn`].
+    pub fn spawn_in_root(&self, command: &Command) -> Result<Running, Error> {
+        self.spawn_in(command, MAIN, GUEST_ROOT)
+    }
+
+    fn spawn_in(&self, command: &Command, container: &str, root: &str) -> Result<Running, Error> {
+        let note = Note { container: container.to_string(), root: root.to_string() };
+        let path = self.vm.dir().join(NOTE);
+        let bytes = serde_json::to_vec(&note).unwrap_or_default();
+        std::fs::write(&path, bytes)
+            .map_err(|source| Error::Io { during: "write", path: path.clone(), source })?;
+        self.launch(command, container, root)
+    }
+
+    /// Makes a container and starts it.
+    pub(crate) fn launch(&self, command: &Command, container: &str, root: &str) -> Result<Running, Error> {
+        let sandbox = CreateSandboxRequest {
+            sandbox_id: self.vm.id().to_string(),
+            hostname: format!("vm-{}", self.vm.id().get(..8).unwrap_or("guest")),
+            ..CreateSandboxRequest::default()
+        };
+        match self.agent.create_sandbox(sandbox) {
+            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) | Ok(()) => {}
+            Err(e) => return Err(Error::Agent(e)),
+        }
+        let request = CreateContainerRequest {
+            container_id: container.to_string(),
+            exec_id: container.to_string(),
+            OCI: Some(command.spec(root)).into(),
+            ..CreateContainerRequest::default()
+        };
+        self.agent.create_container(request).map_err(start_error)?;
+        self.agent.start_container(container).map_err(Error::Agent)?;
+        let id = ProcessId { container: container.to_string(), exec: String::new() };
+        Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal()))
+    }
+
+    /// Runs a further command: in the VM's running container, or, when there
+    /// is none, in a new one with the same root.
+    ///
+    /// # Errors
+    /// As [`Guest::spawn`].
+    pub fn exec(&self, command: &Command) -> Result<Running, Error> {
+        let fresh = identity::uuid()
+            .map_err(|source| Error::Io { during: "take", path: "random bytes".into(), source })?;
+        let name = format!("exec-{}", &fresh[..8]);
+        let note = std::fs::read(self.vm.dir().join(NOTE)).ok();
+        let note: Option<Note> = note.and_then(|b| serde_json::from_slice(&b).ok());
+        let Some(note) = note else { return self.launch(command, &name, "/") };
+        let id = ProcessId { container: note.container.clone(), exec: name.clone() };
+        match self.agent.exec_process(&id, command.process()) {
+            Ok(()) => Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal())),
+            // Its command has ended, or it is gone: the root is still there.
+            Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
+                self.launch(command, &name, &note.root)
+            }
+            Err(agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. })
+                if text.contains("no container") =>
+            {
+                self.launch(command, &name, &note.root)
+            }
+            Err(e) => Err(start_error(e)),
+        }
+    }
+
+    /// Where the workload's root is in the guest.
+    pub fn root(&self) -> String {
+        let note = std::fs::read(self.vm.dir().join(NOTE)).ok();
+        let note: Option<Note> = note.and_then(|b| serde_json::from_slice(&b).ok());
+        note.map_or("/".to_string(), |n| n.root)
+    }
+
+    /// Removes a container whose command has ended.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn remove(&self, container: &str) -> Result<(), Error> {
+        self.agent.remove_container(container, Duration::from_secs(10)).map_err(Error::Agent)
+    }
+
+    /// Destroys the VM; the same as dropping this.
+    pub fn stop(self) {}
+
+    /// Leaves the VM running; whoever knows its id owns it now.
+    pub fn keep(self) -> Vm {
+        self.vm
+    }
+}
