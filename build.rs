@@ -38,7 +38,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     // `super::empty` is the path by which generated code names the type.
     let mut list = String::from("pub use protobuf::well_known_types::empty;\n");
     for m in modules {
-        list.push_str(&format!("#[allow(missing_docs, clippy::all, renamed_and_removed_lints)]\npub mod {m};\n"));
+        list.push_str(&format!(
+            "#[allow(missing_docs, clippy::all, renamed_and_removed_lints)]\npub mod {m};\n"
+        ));
     }
     fs::write(out.join("mod.rs"), list)?;
     Ok(())

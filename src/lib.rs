@@ -1,13 +1,79 @@
-//! vmcache
+//! vmcache keeps QEMU VMs booted ahead of time, their guest agents answering,
+//! and hands each out once, over gRPC on a Unix socket.
+//!
+//! ```text
+//!  configuration.toml ─► config ─► vm::VmConfig
+//!                                    │
+//!                                    ▼
+//!                          factory::direct (cold boot)
+//!                                    │
+//!               boot workers (one blocking thread for each VM being made:
+//!               spawn QEMU ─► QMP ─► agent check ─► identity ─► pause)
+//!                                    │ the Vm moves by value
+//!                                    ▼
+//!               factory::cache, the pool: one driver thread, one select!
+//!                                    │ the Vm moves out, once
+//!                                    ▼
+//!               server: gRPC  ══ proto/cache.proto ══►  factory::grpccache
+//!                                                         │ GrpcVM ─► Vm again
+//!                                                         ▼
+//!                                         resume · reseed · clock (vm::identity)
+//!                                                         ▼
+//!                                         workload: sandbox, container, stdio …
+//! ```
+//!
+//! Read the arrows as ownership: at every instant exactly one of worker, pool,
+//! claim in flight and client owns a VM. Calls go downward only.
+//!
+//! # Claim a VM and run a command in it
+//!
+//! ```no_run
+//! use std::io::Read;
+//! use std::path::Path;
+//! use vmcache::factory::{grpccache::GrpcCache, Factory, Wanted};
+//! use vmcache::workload::{Command, Guest};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let server = GrpcCache::connect(Path::new("/run/vmcache/cache.sock"))?.leasing();
+//!     let guest = Guest::from(Factory::new(&server, None).get_vm(&Wanted::default())?);
+//!     let process = guest.spawn(&Command::new("cat").arg("/proc/version"))?;
+//!     let mut text = String::new();
+//!     process.stdout().read_to_string(&mut text)?;
+//!     println!("{text}exit code {}", process.wait()?);
+//!     guest.stop();
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Invariants
+//!
+//! - A [`vm::Vm`] is never shared; dropping it ends the VM and removes its
+//!   directory, so every error path cleans up.
+//! - Every wait has a deadline or an event that must come; every queue and
+//!   buffer has a named bound.
+//! - Bytes from outside (gRPC, QMP, agents, configuration, ledgers) never panic.
+//! - `unsafe` and libc are in [`sys`] only; threads start in `worker` only.
+//!
+//! # Deliberately absent
+//!
+//! An async runtime; recycling of VMs that were handed out; running as a
+//! library inside the guest agent of others.
+
+#![warn(missing_docs)]
+
+#[allow(missing_docs)]
 pub mod proto;
 pub mod sys;
 pub mod transport;
 pub mod tree;
+
 #[cfg(feature = "guest")]
 pub mod guest;
+
 #[cfg(feature = "host")]
 pub mod agent;
 #[cfg(feature = "host")]
+#[allow(missing_docs)] // A program's inside; its documentation is --help.
 pub mod cli;
 #[cfg(feature = "host")]
 pub mod config;

@@ -20,6 +20,7 @@ use tar::{Archive, Builder, EntryType, Header};
 
 /// Why a tree could not be packed or unpacked.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The system refused.
     Io { during: &'static str, path: PathBuf, source: io::Error },

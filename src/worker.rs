@@ -15,6 +15,7 @@ const MAX_NAME: usize = 15;
 
 /// A thread that could not be started, or that does not end.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The system gave no thread.
     Start { name: String, source: std::io::Error },
@@ -59,7 +60,10 @@ impl<T: Send + 'static> Worker<T> {
     /// # Errors
     /// When the system gives none.
     #[allow(clippy::disallowed_methods)] // The one place where threads start.
-    pub fn spawn(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<Worker<T>, Error> {
+    pub fn spawn(
+        name: &str,
+        body: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Worker<T>, Error> {
         debug_assert!(name.len() <= MAX_NAME, "{name}");
         // Never filled: it only tells, by closing, that the body has returned or panicked.
         let (tell, done) = bounded::<()>(1);
@@ -104,6 +108,9 @@ mod tests {
         drop(tx);
         let broken = Worker::spawn("vmc-broken", || panic!("on purpose")).unwrap();
         assert!(matches!(broken.join(Duration::from_secs(5)), Err(Error::Panicked { .. })));
-        assert_eq!(Worker::spawn("vmc-fine", || 7).unwrap().join(Duration::from_secs(5)).unwrap(), 7);
+        assert_eq!(
+            Worker::spawn("vmc-fine", || 7).unwrap().join(Duration::from_secs(5)).unwrap(),
+            7
+        );
     }
 }

@@ -21,7 +21,8 @@ impl Address {
     /// # Errors
     /// [`Error::Address`] for any other.
     pub fn parse(url: &str) -> Result<Address, Error> {
-        let bad = |why: &str| Error::Address { url: url.chars().take(200).collect(), why: why.into() };
+        let bad =
+            |why: &str| Error::Address { url: url.chars().take(200).collect(), why: why.into() };
         match url.strip_prefix("serial://") {
             Some(dir) if dir.starts_with('/') => Ok(Address::Serial(dir.into())),
             Some(_) => Err(bad("its path is not absolute")),

@@ -86,7 +86,9 @@ impl Agent for KataAgent {
             .map_err(|e| failed("Check", e))?;
         match answer.status.value() {
             1 => Ok(()),
-            other => Err(Error::Call { call: "Check", text: format!("status {other}, not serving") }),
+            other => {
+                Err(Error::Call { call: "Check", text: format!("status {other}, not serving") })
+            }
         }
     }
 
@@ -120,7 +122,8 @@ impl Agent for KataAgent {
 
     fn remove_container(&self, container: &str, within: Duration) -> Outcome<()> {
         let timeout = within.as_secs().clamp(1, 3600) as u32;
-        let r = request!(RemoveContainerRequest { container_id: container.into(), timeout: timeout });
+        let r =
+            request!(RemoveContainerRequest { container_id: container.into(), timeout: timeout });
         let context = with_duration(within + CALL);
         nothing("RemoveContainer", self.agent.remove_container(context, &r))
     }

@@ -22,6 +22,7 @@ use crate::transport::serial;
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// It could not be reached.
     Connect { source: serial::Error },
@@ -42,7 +43,9 @@ impl fmt::Display for Error {
         match self {
             Error::Connect { .. } => f.write_str("reach the guest's agent"),
             Error::Address { url, why } => write!(f, "agent address {url:?}: {why}"),
-            Error::Call { call, text } => write!(f, "the guest's agent did not answer {call}: {text}"),
+            Error::Call { call, text } => {
+                write!(f, "the guest's agent did not answer {call}: {text}")
+            }
             Error::Refused { text, .. } => f.write_str(text),
             Error::Unsupported { call } => write!(f, "the guest's agent has no {call}"),
             Error::Host { during, .. } => f.write_str(during),

@@ -60,7 +60,11 @@ pub fn find_vm(common: &Common, id: &str) -> Result<Vm, Failure> {
 }
 
 /// Does something with a VM's agent; the VM stays, whatever comes of it.
-pub fn with_guest<T>(common: &Common, id: &str, f: impl FnOnce(&Guest) -> Result<T, Failure>) -> Result<T, Failure> {
+pub fn with_guest<T>(
+    common: &Common,
+    id: &str,
+    f: impl FnOnce(&Guest) -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let vm = find_vm(common, id)?;
     let agent = match vm.connect_agent() {
         Ok(agent) => agent,
@@ -87,9 +91,10 @@ pub fn ps(common: &Common, o: &One) -> Outcome {
 pub fn stats(common: &Common, o: &One) -> Outcome {
     let s = with_guest(common, &o.id, |g| Ok(g.agent().stats_container("")?))?;
     let (cpu, memory) = (&s.cgroup_stats.cpu_stats.cpu_usage, &s.cgroup_stats.memory_stats);
-    let network = s.network_stats.iter().map(|n| {
-        json!({"name": n.name, "rx_bytes": n.rx_bytes, "tx_bytes": n.tx_bytes})
-    });
+    let network = s
+        .network_stats
+        .iter()
+        .map(|n| json!({"name": n.name, "rx_bytes": n.rx_bytes, "tx_bytes": n.tx_bytes}));
     let v = json!({
         "cpu_ns": cpu.total_usage,
         "cpu_user_ns": cpu.usage_in_usermode,

@@ -46,15 +46,14 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
 
 /// The command that the options describe.
 fn command(p: &Process, terminal: Option<&Terminal>) -> Result<Command, Failure> {
-    let (program, args) = p
-        .command
-        .split_first()
-        .ok_or_else(|| Failure::new(USAGE, "no command to run"))?;
+    let (program, args) =
+        p.command.split_first().ok_or_else(|| Failure::new(USAGE, "no command to run"))?;
     let mut command = Command::new(program).args(args).workdir(&p.workdir);
     for pair in &p.env {
-        let (key, value) = pair.split_once('=').filter(|(k, _)| !k.is_empty()).ok_or_else(|| {
-            Failure::new(USAGE, format!("--env {pair:?}: must be KEY=VALUE"))
-        })?;
+        let (key, value) = pair
+            .split_once('=')
+            .filter(|(k, _)| !k.is_empty())
+            .ok_or_else(|| Failure::new(USAGE, format!("--env {pair:?}: must be KEY=VALUE")))?;
         command = command.env(key, value);
     }
     if let Some(user) = &p.user {
@@ -78,11 +77,8 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         check_root(root)?;
     }
     let session = Session::start()?;
-    let wanted = Wanted {
-        cpus: r.cpus,
-        memory_mib: r.memory,
-        within: Some(Duration::from_secs(r.wait)),
-    };
+    let wanted =
+        Wanted { cpus: r.cpus, memory_mib: r.memory, within: Some(Duration::from_secs(r.wait)) };
     let guest: Guest = match r.cold {
         true => cold(common, r, &wanted, &session)?,
         false => claim(common, r, &wanted)?,

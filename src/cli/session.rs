@@ -83,7 +83,12 @@ impl Session {
 
     /// Ties this process's streams to `process` and waits for its end; the
     /// exit code that it had.
-    pub fn attach(&self, process: &Running, terminal: Option<Terminal>, timeout: Option<Duration>) -> Outcome {
+    pub fn attach(
+        &self,
+        process: &Running,
+        terminal: Option<Terminal>,
+        timeout: Option<Duration>,
+    ) -> Outcome {
         let stage = Stage::Running { process: process.clone(), terminal: terminal.is_some() };
         set(&self.stage, stage);
         let raw = terminal.as_ref().map(Terminal::raw).transpose()?;

@@ -96,11 +96,17 @@ impl Raw {
         self.walk(table.get_ref(), "", &place)
     }
 
-    fn walk(&mut self, table: &DeTable<'_>, path: &str, place: &dyn Fn(usize) -> Place) -> Result<(), Error> {
+    fn walk(
+        &mut self,
+        table: &DeTable<'_>,
+        path: &str,
+        place: &dyn Fn(usize) -> Place,
+    ) -> Result<(), Error> {
         for (key, value) in table {
             let name = key.get_ref().as_ref();
             if let DeValue::Table(inner) = value.get_ref() {
-                let below = if path.is_empty() { name.to_string() } else { format!("{path}.{name}") };
+                let below =
+                    if path.is_empty() { name.to_string() } else { format!("{path}.{name}") };
                 self.walk(inner, &below, place)?;
                 continue;
             }
@@ -147,7 +153,7 @@ fn convert(value: &DeValue<'_>, kind: Fallback) -> Option<Value> {
         (Fallback::Number(_), DeValue::Float(f)) => {
             // Kata 3.x takes a fraction of a CPU; a VM has whole ones.
             let n: f64 = f.as_str().parse().ok()?;
-            (n >= 0.0 && n < 1e9).then(|| Value::Number(n.ceil() as u64))
+            (0.0..1e9).contains(&n).then(|| Value::Number(n.ceil() as u64))
         }
         (Fallback::List(_), DeValue::Array(list)) => {
             let texts = list.iter().map(|v| v.get_ref().as_str().map(str::to_string));

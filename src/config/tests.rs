@@ -16,7 +16,8 @@ fn defaults_hold_and_katas_own_files_are_read() {
     assert_eq!((c.pool, c.cpus(), c.memory()), (0, 1, 2048));
     assert_eq!(c.endpoint(), Path::new("/var/run/kata-containers/cache.sock"));
     for file in ["kata-1.13", "kata-3.20"] {
-        let path = format!("{}/tests/fixtures/{file}/configuration.toml", env!("CARGO_MANIFEST_DIR"));
+        let path =
+            format!("{}/tests/fixtures/{file}/configuration.toml", env!("CARGO_MANIFEST_DIR"));
         let c = Config::read(Path::new(&path)).unwrap();
         assert!(c.pool >= 2, "{file}");
         let unknown: Vec<_> = c.warnings.iter().filter(|w| w.contains("not known")).collect();

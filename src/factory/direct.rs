@@ -61,8 +61,8 @@ pub fn cold_watched(
 ) -> Result<(Vm, KataAgent), Error> {
     let sized = config.resized(wanted.cpus, wanted.memory_mib);
     let sized = sized.map_err(|e| Error::Larger { what: e.to_string() })?;
-    let mut vm = boot(&sized, &Purpose::Own { leased }, started)
-        .map_err(|e| Error::Boot(Box::new(e)))?;
+    let mut vm =
+        boot(&sized, &Purpose::Own { leased }, started).map_err(|e| Error::Boot(Box::new(e)))?;
     let agent = vm.wake().map_err(Error::Vm)?;
     Ok((vm, agent))
 }

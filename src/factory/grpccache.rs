@@ -33,6 +33,7 @@ const MAX_ANSWER: i32 = 16 * 1024 * 1024;
 
 /// Why a server did not do what it was asked.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// Nothing listens there.
     Unreachable { endpoint: PathBuf, source: io::Error },
@@ -106,8 +107,7 @@ impl GrpcCache {
     /// # Errors
     /// [`Error::Unreachable`].
     pub fn connect(endpoint: &Path) -> Result<GrpcCache, Error> {
-        let unreachable =
-            |source| Error::Unreachable { endpoint: endpoint.to_path_buf(), source };
+        let unreachable = |source| Error::Unreachable { endpoint: endpoint.to_path_buf(), source };
         let stream = UnixStream::connect(endpoint).map_err(unreachable)?;
         let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
         let builder = ChannelBuilder::new(Arc::clone(&environment))

@@ -20,6 +20,7 @@ use crate::vm::{self, Vm, VmConfig};
 
 /// Why there is no VM.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// It could not be booted here.
     Boot(Box<BootError>),
@@ -146,10 +147,8 @@ impl<'a> Factory<'a> {
 
 /// A base VM must be as large as what is asked for, until VMs can grow.
 fn check_size(base: &VmConfig, wanted: &Wanted) -> Result<(), Error> {
-    let asked = [
-        ("CPUs", wanted.cpus, base.cpus()),
-        ("MiB of memory", wanted.memory_mib, base.memory()),
-    ];
+    let asked =
+        [("CPUs", wanted.cpus, base.cpus()), ("MiB of memory", wanted.memory_mib, base.memory())];
     for (unit, want, have) in asked {
         if let Some(want) = want.filter(|w| *w > have) {
             let what = format!("{want} {unit} asked for, the pool's VMs have {have}");

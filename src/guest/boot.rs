@@ -104,7 +104,12 @@ fn mounts() -> Outcome<()> {
         ("proc", "/proc", safe, None),
         ("sysfs", "/sys", safe, None),
         ("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")),
-        ("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("mode=0620,ptmxmode=0666,gid=5")),
+        (
+            "devpts",
+            "/dev/pts",
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            Some("mode=0620,ptmxmode=0666,gid=5"),
+        ),
         ("tmpfs", "/dev/shm", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777")),
         ("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755,size=90%")),
         ("cgroup2", "/sys/fs/cgroup", safe, None),
@@ -136,8 +141,8 @@ fn mounts() -> Outcome<()> {
 fn load_modules() {
     let Ok(list) = fs::read_to_string(MODULE_LIST) else { return };
     for path in list.lines().map(str::trim).filter(|l| !l.is_empty()) {
-        let loaded = fs::File::open(path)
-            .and_then(|f| Ok(finit_module(f, c"", ModuleInitFlags::empty())?));
+        let loaded =
+            fs::File::open(path).and_then(|f| Ok(finit_module(f, c"", ModuleInitFlags::empty())?));
         if let Err(e) = loaded {
             // Built in already, or of a device that this machine lacks.
             if e.raw_os_error() != Some(nix::errno::Errno::EEXIST as i32) {

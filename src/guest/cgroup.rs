@@ -124,10 +124,9 @@ impl Cgroup {
     /// `EBUSY` while a process is in it.
     pub fn remove(&self) -> Outcome<()> {
         match fs::remove_dir(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Failure::internal(format!(
-                "remove cgroup {}: {e}",
-                self.path.display()
-            ))),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(Failure::internal(format!("remove cgroup {}: {e}", self.path.display())))
+            }
             _ => Ok(()),
         }
     }

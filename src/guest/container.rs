@@ -137,11 +137,8 @@ impl Container {
             CgroupsPath: self.cgroup.path().to_string_lossy().into_owned(),
             ..oci::Linux::default()
         };
-        let spec = Spec {
-            Process: Some(process).into(),
-            Linux: Some(linux).into(),
-            ..Spec::default()
-        };
+        let spec =
+            Spec { Process: Some(process).into(), Linux: Some(linux).into(), ..Spec::default() };
         self.next += 1;
         let name = format!("exec-{}", self.next);
         let process = self.stage(&name, &spec)?;

@@ -15,7 +15,10 @@ use crate::sys::guest::{add_entropy, reseed_crng, MAX_SEED};
 /// anyone depends on it: written, credited, and a new key taken at once.
 pub fn reseed(seed: &[u8]) -> Outcome<()> {
     if seed.is_empty() || seed.len() > MAX_SEED {
-        return Err(Failure::invalid(format!("a seed has 1 to {MAX_SEED} bytes, not {}", seed.len())));
+        return Err(Failure::invalid(format!(
+            "a seed has 1 to {MAX_SEED} bytes, not {}",
+            seed.len()
+        )));
     }
     let mut random = OpenOptions::new()
         .read(true)
@@ -53,7 +56,9 @@ pub fn online(cpus: u32, cpu_only: bool, wait: bool) -> Outcome<()> {
         }
     }
     if wait && brought < cpus {
-        return Err(Failure::internal(format!("{cpus} CPUs to bring online, {brought} offline ones found")));
+        return Err(Failure::internal(format!(
+            "{cpus} CPUs to bring online, {brought} offline ones found"
+        )));
     }
     if cpu_only {
         return Ok(());

@@ -31,15 +31,15 @@ const DEVICES: [(&str, u64, u64); 6] = [
 /// Makes the spec's root, mounts and devices, and changes into the root.
 pub fn enter(spec: &Spec, terminal: Option<&Path>) -> Outcome<()> {
     let root = spec.Root.as_ref().map(|r| r.Path.as_str()).unwrap_or_default();
-    let root = Path::new(root)
-        .canonicalize()
-        .during(|| format!("find the root file system {root:?}"))?;
+    let root =
+        Path::new(root).canonicalize().during(|| format!("find the root file system {root:?}"))?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
         .during(|| "make mounts private")?;
     // The guest's own root is moved aside first: a directory can not be a bind
     // mount of its own parent's root and hold it too.
-    let target = if root == Path::new("/") { PathBuf::from("/run/vmcache/own-root") } else { root.clone() };
+    let target =
+        if root == Path::new("/") { PathBuf::from("/run/vmcache/own-root") } else { root.clone() };
     fs::create_dir_all(&target).during(|| format!("create {}", target.display()))?;
     mount(Some(&root), &target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
         .during(|| format!("bind {} on {}", root.display(), target.display()))?;
@@ -213,7 +213,14 @@ fn device(root: &Path, d: &LinuxDevice) -> Outcome<()> {
         .during(|| format!("give device {} its owner", d.Path))
 }
 
-fn node(root: &Path, path: &str, kind: SFlag, major: u64, minor: u64, mode: u32) -> Outcome<PathBuf> {
+fn node(
+    root: &Path,
+    path: &str,
+    kind: SFlag,
+    major: u64,
+    minor: u64,
+    mode: u32,
+) -> Outcome<PathBuf> {
     let target = inside(root, Path::new(path))?;
     let _ = fs::remove_file(&target);
     mknod(&target, kind, Mode::from_bits_truncate(mode), makedev(major, minor))

@@ -41,7 +41,12 @@ impl Netlink {
 
     /// Sends a request and collects what is answered, up to the acknowledgement
     /// or the end of the dump.
-    fn call(&mut self, message: RouteNetlinkMessage, flags: u16, what: &str) -> Outcome<Vec<RouteNetlinkMessage>> {
+    fn call(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        what: &str,
+    ) -> Outcome<Vec<RouteNetlinkMessage>> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
         self.sequence += 1;
@@ -108,7 +113,13 @@ impl Netlink {
         Ok(out)
     }
 
-    fn set_link(&mut self, index: u32, up: bool, change: Vec<LinkAttribute>, what: &str) -> Outcome<()> {
+    fn set_link(
+        &mut self,
+        index: u32,
+        up: bool,
+        change: Vec<LinkAttribute>,
+        what: &str,
+    ) -> Outcome<()> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         link.header.change_mask = LinkFlags::Up;
@@ -133,8 +144,7 @@ fn hardware(link: &LinkMessage) -> String {
         LinkAttribute::Address(b) => Some(b.as_slice()),
         _ => None,
     });
-    let parts: Vec<String> =
-        bytes.unwrap_or_default().iter().map(|b| format!("{b:02x}")).collect();
+    let parts: Vec<String> = bytes.unwrap_or_default().iter().map(|b| format!("{b:02x}")).collect();
     parts.join(":")
 }
 
@@ -201,7 +211,10 @@ pub fn update_interface(wanted: &Interface) -> Outcome<()> {
         true => name_of(l) == wanted.name || name_of(l) == wanted.device,
     });
     let link = found.ok_or_else(|| {
-        Failure::not_found(format!("no interface with hardware address {hw:?} or name {:?}", wanted.name))
+        Failure::not_found(format!(
+            "no interface with hardware address {hw:?} or name {:?}",
+            wanted.name
+        ))
     })?;
     let index = link.header.index;
     let was = name_of(link).to_string();

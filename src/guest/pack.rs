@@ -16,7 +16,6 @@ pub fn run(source: &str) -> Outcome<()> {
         .file_name()
         .ok_or_else(|| Failure::invalid(format!("{}: has no name", source.display())))?;
     let mut out = io::BufWriter::new(io::stdout().lock());
-    tree::pack(source, Path::new(name), &mut out)
-        .map_err(|e| Failure::internal(e.to_string()))?;
+    tree::pack(source, Path::new(name), &mut out).map_err(|e| Failure::internal(e.to_string()))?;
     out.flush().during(|| "write the tar stream")
 }

@@ -37,10 +37,7 @@ impl Agent {
 
 /// Starts a ttrpc server for `agent`, listening as `listen` says, and lets it
 /// run for ever.
-pub fn start(
-    agent: Agent,
-    listen: impl FnOnce(Server) -> ttrpc::Result<Server>,
-) -> Outcome<()> {
+pub fn start(agent: Agent, listen: impl FnOnce(Server) -> ttrpc::Result<Server>) -> Outcome<()> {
     let service = agent_ttrpc::create_agent_service(Arc::new(agent.clone()));
     let health = health_ttrpc::create_health(Arc::new(agent));
     let server = Server::new()

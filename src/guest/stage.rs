@@ -39,7 +39,7 @@ use super::failure::{Attempt, Failure, Outcome};
 use super::{capabilities, mounts, user};
 use crate::proto::oci::{Process, Spec};
 use crate::sys::guest::set_oom_score;
-use crate::sys::process::fork;
+use crate::sys::process::{default_sigpipe, fork};
 use crate::sys::terminal::set_controlling;
 
 /// Name of the stage that makes a container; any other joins one.
@@ -214,7 +214,8 @@ fn reap_until(child: Pid) -> ! {
 
 /// Everything short of executing; returns the program's path.
 fn settle(spec: &Spec, init: bool) -> Outcome<PathBuf> {
-    let process = spec.Process.as_ref().ok_or_else(|| Failure::invalid("no process in the spec"))?;
+    let process =
+        spec.Process.as_ref().ok_or_else(|| Failure::invalid("no process in the spec"))?;
     let terminal = process.Terminal.then(|| fs::read_link("/proc/self/fd/0").ok()).flatten();
     if init {
         if !spec.Hostname.is_empty() {
@@ -292,7 +293,8 @@ fn become_user(process: &Process) -> Outcome<()> {
 /// The program's path: as given when it has a slash, else by the process's PATH.
 fn find(process: &Process) -> Outcome<PathBuf> {
     let name = process.Args.first().filter(|a| !a.is_empty());
-    let name = name.ok_or_else(|| Failure::invalid("no program to run: the arguments are empty"))?;
+    let name =
+        name.ok_or_else(|| Failure::invalid("no program to run: the arguments are empty"))?;
     let executable = |p: &Path| p.is_file() && access(p, AccessFlags::X_OK).is_ok();
     let denied = || Failure::new(Code::PERMISSION_DENIED, format!("{name}: not executable"));
     if name.contains('/') {
@@ -321,6 +323,8 @@ fn find(process: &Process) -> Outcome<PathBuf> {
 
 /// A session and terminal of its own, then the program.
 fn finish(program: &Path, process: &Process) -> ! {
+    // Rust ignores it, and what is ignored stays so across exec.
+    default_sigpipe();
     let _ = setsid();
     if process.Terminal {
         let _ = set_controlling(std::io::stdin().as_fd());

@@ -88,9 +88,8 @@ impl<W: Write> Cpio<W> {
         self.inode += 1;
         let links = if e.mode & DIRECTORY != 0 { 2 } else { 1 };
         let name_size = e.name.len() as u32 + 1;
-        let fields = [
-            self.inode, e.mode, 0, 0, links, 0, size, 0, 0, e.device.0, e.device.1, name_size, 0,
-        ];
+        let fields =
+            [self.inode, e.mode, 0, 0, links, 0, size, 0, 0, e.device.0, e.device.1, name_size, 0];
         let mut header = String::from("070701");
         for field in fields {
             header.push_str(&format!("{field:08x}"));

@@ -45,6 +45,7 @@ pub struct Packed {
 
 /// Why an initramfs could not be made.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// A file or directory could not be read.
     Read { path: PathBuf, source: io::Error },
@@ -120,7 +121,12 @@ pub fn pack(recipe: &Recipe) -> Result<Packed, Error> {
     let failed = |source| Error::Write { path: recipe.output.clone(), source };
     let file = fs::File::create(&temporary).map_err(failed)?;
     let mut cpio = Cpio::new(BufWriter::new(file));
-    let contents = Contents { agent: &agent, userland: userland.as_ref().map(|u| u.1.as_slice()), applets: &applets, modules: &modules };
+    let contents = Contents {
+        agent: &agent,
+        userland: userland.as_ref().map(|u| u.1.as_slice()),
+        applets: &applets,
+        modules: &modules,
+    };
     let written = contents.write(&mut cpio).and_then(|()| {
         let mut out = cpio.finish()?;
         out.flush()?;
@@ -144,7 +150,8 @@ struct Contents<'a> {
 
 impl Contents<'_> {
     fn write(&self, cpio: &mut Cpio<impl Write>) -> io::Result<()> {
-        for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc", "mnt", "var", "usr", "home"] {
+        for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc", "mnt", "var", "usr", "home"]
+        {
             cpio.directory(dir, if dir == "tmp" { 0o1777 } else { 0o755 })?;
         }
         // The kernel opens the console before anything is mounted.
@@ -152,7 +159,11 @@ impl Contents<'_> {
         cpio.character("dev/null", 0o666, 1, 3)?;
         cpio.file("init", 0o755, self.agent)?;
         cpio.symlink("sbin/vmcache-agent", "../init")?;
-        cpio.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
+        cpio.file(
+            "etc/passwd",
+            0o644,
+            b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+        )?;
         cpio.file("etc/group", 0o644, b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")?;
         cpio.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
         if let Some(busybox) = self.userland {

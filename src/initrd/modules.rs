@@ -21,8 +21,15 @@ const MAX_MODULE: u64 = 64 * 1024 * 1024;
 pub const NEEDED: [&str; 2] = ["virtio_pci", "virtio_console"];
 /// Modules that are packed where the kernel has them.
 pub const WANTED: [&str; 9] = [
-    "virtio_rng", "virtio_blk", "virtio_scsi", "sd_mod", "virtio_net", "virtio_balloon",
-    "vmw_vsock_virtio_transport", "overlay", "virtiofs",
+    "virtio_rng",
+    "virtio_blk",
+    "virtio_scsi",
+    "sd_mod",
+    "virtio_net",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+    "overlay",
+    "virtiofs",
 ];
 /// Order of the first ones: the transport's legacy half must be there before
 /// virtio_pci looks for it, and nothing declares that.
@@ -62,8 +69,8 @@ impl Modules {
         let mut files = HashMap::new();
         let mut todo = vec![dir.to_path_buf()];
         while let Some(next) = todo.pop() {
-            let entries = fs::read_dir(&next)
-                .map_err(|source| Error::Read { path: next.clone(), source })?;
+            let entries =
+                fs::read_dir(&next).map_err(|source| Error::Read { path: next.clone(), source })?;
             for entry in entries.flatten() {
                 let path = entry.path();
                 if entry.file_type().is_ok_and(|t| t.is_dir()) {
@@ -114,7 +121,12 @@ impl Modules {
         Ok(out)
     }
 
-    fn add(&self, name: &str, done: &mut HashSet<String>, out: &mut Vec<Module>) -> Result<(), Error> {
+    fn add(
+        &self,
+        name: &str,
+        done: &mut HashSet<String>,
+        out: &mut Vec<Module>,
+    ) -> Result<(), Error> {
         let Some(path) = self.files.get(name) else { return Ok(()) };
         if !done.insert(name.to_string()) {
             return Ok(());

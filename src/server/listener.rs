@@ -33,6 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why there is no socket.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// Its path is too long.
     TooLong { endpoint: PathBuf },
@@ -75,7 +76,9 @@ impl fmt::Display for Error {
                 "{} exists and is no socket: remove it, or change vm_cache_endpoint",
                 endpoint.display()
             ),
-            Error::NoGroup { name } => write!(f, "socket_group {name:?} does not exist on this host"),
+            Error::NoGroup { name } => {
+                write!(f, "socket_group {name:?} does not exist on this host")
+            }
             Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
             Error::Thread(_) => f.write_str("accept connections"),
         }
@@ -120,14 +123,15 @@ impl Lock {
             .mode(0o600)
             .open(&path)
             .map_err(failed)?;
-        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut f, e)| {
-            if e != nix::errno::Errno::EWOULDBLOCK {
-                return failed(e.into());
-            }
-            let mut holder = String::new();
-            let _ = (&mut f).take(32).read_to_string(&mut holder);
-            Error::Held { endpoint: endpoint.to_path_buf(), holder: holder.trim().to_string() }
-        })?;
+        let mut file =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut f, e)| {
+                if e != nix::errno::Errno::EWOULDBLOCK {
+                    return failed(e.into());
+                }
+                let mut holder = String::new();
+                let _ = (&mut f).take(32).read_to_string(&mut holder);
+                Error::Held { endpoint: endpoint.to_path_buf(), holder: holder.trim().to_string() }
+            })?;
         file.set_len(0)
             .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
             .map_err(failed)?;
@@ -162,8 +166,7 @@ impl Lock {
         if !group.is_empty() {
             let found = Group::from_name(group).ok().flatten();
             let found = found.ok_or_else(|| Error::NoGroup { name: group.to_string() })?;
-            chown(&new, None, Some(found.gid))
-                .map_err(|e| failed("set the group of")(e.into()))?;
+            chown(&new, None, Some(found.gid)).map_err(|e| failed("set the group of")(e.into()))?;
         }
         fs::rename(&new, endpoint).map_err(failed("put in place"))?;
         Ok(socket)
@@ -222,10 +225,8 @@ pub struct Accepting {
 impl Accepting {
     /// Stops accepting and gives the gRPC server back.
     pub fn stop(self, within: Duration) -> Option<Server> {
-        let _ = nix::sys::socket::shutdown(
-            self.socket.as_raw_fd(),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let _ =
+            nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         self.thread.join(within).map_err(|e| log::error!("stop: {e}")).ok()
     }
 }
@@ -234,7 +235,11 @@ impl Accepting {
 ///
 /// # Errors
 /// When there is no thread.
-pub fn accept(listener: UnixListener, mut server: Server, peers: Peers) -> Result<Accepting, Error> {
+pub fn accept(
+    listener: UnixListener,
+    mut server: Server,
+    peers: Peers,
+) -> Result<Accepting, Error> {
     server.start();
     let socket = listener.try_clone().map_err(|source| Error::Io {
         during: "duplicate the socket of",

@@ -42,6 +42,7 @@ const MAX_REQUEST: i32 = 64 * 1024;
 
 /// Why the server does not run.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The configuration can not work.
     Config(config::Error),

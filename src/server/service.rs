@@ -1,8 +1,9 @@
 //! The calls: `cache.CacheService`, Kata's four, and our own Control.
 //!
-//! GetBaseVM is served as a stream of one message: on the wire that is the
-//! same as a single answer, and only a stream's sink tells when its client has
-//! gone, so that a claim that was given up takes no VM with it.
+//! GetBaseVM takes a stream of requests: on the wire that is the same as a
+//! single one, and only a stream of requests tells, when it is asked, whether
+//! its client is still there, so that a claim that was given up takes no VM
+//! with it.
 //!
 //! Invariants: handlers never wait; a ready VM is taken, recorded and answered
 //! on gRPC's own thread; whatever becomes of a delivery, the driver is told,
@@ -13,10 +14,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
-use futures_util::{Sink, SinkExt};
+use futures_util::Stream;
 use grpcio::{
-    pb_de, pb_ser, Marshaller, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
-    ServerStreamingSink, Service, ServiceBuilder, UnarySink, WriteFlags,
+    pb_de, pb_ser, ClientStreamingSink, Marshaller, Method, MethodType, RequestStream, RpcContext,
+    RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
 };
 
 use super::listener::{Peer, Peers};
@@ -28,7 +29,7 @@ use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig, GrpcVMStatus};
 use crate::proto::control::StatusReply;
 use crate::proto::control_grpc::{create_control, Control};
 use crate::proto::empty::Empty;
-use crate::vm::ledger::{Owner, State};
+use crate::vm::ledger::Owner;
 use crate::vm::VmConfig;
 
 const fn method<Q, R>(ty: MethodType, name: &'static str) -> Method<Q, R>
@@ -41,10 +42,9 @@ where
     Method { ty, name, req_mar, resp_mar }
 }
 
-const CONFIG: Method<Empty, GrpcVMConfig> =
-    method(MethodType::Unary, "/cache.CacheService/Config");
+const CONFIG: Method<Empty, GrpcVMConfig> = method(MethodType::Unary, "/cache.CacheService/Config");
 const GET_BASE_VM: Method<Empty, GrpcVM> =
-    method(MethodType::ServerStreaming, "/cache.CacheService/GetBaseVM");
+    method(MethodType::ClientStreaming, "/cache.CacheService/GetBaseVM");
 const STATUS: Method<Empty, GrpcStatus> = method(MethodType::Unary, "/cache.CacheService/Status");
 const QUIT: Method<Empty, Empty> = method(MethodType::Unary, "/cache.CacheService/Quit");
 
@@ -63,12 +63,16 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
         .add_unary_handler(&CONFIG, move |ctx: RpcContext<'_>, _: Empty, sink| {
             succeed(&ctx, sink, answer.clone());
         })
-        .add_server_streaming_handler(&GET_BASE_VM, move |ctx: RpcContext<'_>, _: Empty, sink| {
-            claim(&ctx, sink, &claiming, &claimers);
+        .add_client_streaming_handler(&GET_BASE_VM, move |ctx: RpcContext<'_>, client, sink| {
+            let call = Call { client, sink };
+            claim(&ctx, call, &claiming, &claimers);
         })
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
-            let vmstatus = shown.board.ready().into_iter().map(|(pid, cpu, memory)| {
-                GrpcVMStatus { pid: pid.into(), cpu, memory, ..GrpcVMStatus::default() }
+            let vmstatus = shown.board.ready().into_iter().map(|(pid, cpu, memory)| GrpcVMStatus {
+                pid: pid.into(),
+                cpu,
+                memory,
+                ..GrpcVMStatus::default()
             });
             let status = GrpcStatus {
                 pid: std::process::id().into(),
@@ -91,7 +95,12 @@ fn succeed<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, answer: 
     });
 }
 
-fn fail<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, code: RpcStatusCode, text: &str) {
+fn fail<T: Send + 'static>(
+    ctx: &RpcContext<'_>,
+    sink: UnarySink<T>,
+    code: RpcStatusCode,
+    text: &str,
+) {
     let sent = sink.fail(RpcStatus::with_message(code, text.to_string()));
     ctx.spawn(async move {
         let _ = sent.await;
@@ -120,95 +129,77 @@ fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &
     }
 }
 
+/// A GetBaseVM call: who asks, and where the answer goes. The one must outlive
+/// the other: dropped, a stream of requests cancels its call.
+struct Call {
+    client: RequestStream<Empty>,
+    sink: ClientStreamingSink<GrpcVM>,
+}
+
+impl Call {
+    async fn refuse(self, code: RpcStatusCode, text: &str) {
+        let _ = self.sink.fail(RpcStatus::with_message(code, text.to_string())).await;
+        drop(self.client);
+    }
+}
+
 /// GetBaseVM.
-fn claim(ctx: &RpcContext<'_>, mut sink: ServerStreamingSink<GrpcVM>, pool: &Arc<Pool>, peers: &Peers) {
-    let refuse = |sink: ServerStreamingSink<GrpcVM>, code, text: &str| {
-        let sent = sink.fail(RpcStatus::with_message(code, text.to_string()));
-        ctx.spawn(async move {
-            let _ = sent.await;
-        });
-    };
+fn claim(ctx: &RpcContext<'_>, call: Call, pool: &Arc<Pool>, peers: &Peers) {
     let Some(peer) = peers.find(&ctx.peer()) else {
-        return refuse(sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
+        let code = RpcStatusCode::PERMISSION_DENIED;
+        return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
     };
     if pool.closing() {
-        return refuse(sink, RpcStatusCode::UNAVAILABLE, "the server is stopping");
+        return ctx.spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await });
     }
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
     let Peer { pid, start_time, uid } = peer;
     let owner = Owner { pid, start_time, uid, lease };
     let pool = Arc::clone(pool);
     match pool.take() {
-        Some(ready) => {
-            let taken = ready.vm.pid();
-            ctx.spawn(async move { deliver(sink, ready, owner, &pool, Some(taken)).await });
-        }
+        Some(ready) => ctx.spawn(async move { deliver(call, ready, owner, &pool, false).await }),
         None => {
             let place = pool.stand_in_line();
-            ctx.spawn(async move {
-                match wait(&place, &mut sink).await {
-                    Some(Answer::Vm(ready)) => deliver(sink, ready, owner, &pool, None).await,
-                    Some(Answer::Closing) => {
-                        let status = RpcStatus::with_message(
-                            RpcStatusCode::UNAVAILABLE,
-                            "the server is stopping".to_string(),
-                        );
-                        let _ = sink.fail(status).await;
-                    }
-                    None => give_up(&place, &pool),
-                }
-            });
+            ctx.spawn(async move { wait(call, &place, owner, &pool).await });
         }
     }
 }
 
-/// Waits in line: for an answer, or (`None`) until the client has gone.
-async fn wait(place: &Place, sink: &mut ServerStreamingSink<GrpcVM>) -> Option<Answer> {
-    poll_fn(|cx| {
-        // An error here is the client's cancellation, its deadline, or its end.
-        if let Poll::Ready(Err(_)) = Pin::new(&mut *sink).poll_ready(cx) {
-            return Poll::Ready(None);
-        }
-        place.poll(cx).map(Some)
-    })
-    .await
-}
+/// Told to claims that can not be served any more.
+const STOPPING: &str = "the server is stopping";
 
-/// Leaves the line; a VM that was given in the meantime goes back to the driver.
-fn give_up(place: &Arc<Place>, pool: &Pool) {
-    match place.leave() {
-        Some(Answer::Vm(ready)) => {
-            // Never sent to anybody, so it is as good as new: but it left the
-            // pool's books as handed, and the books must stay simple.
-            let why = "its claim had just gone".to_string();
-            pool.tell(Event::Undelivered { vm: Box::new(ready.vm), why });
+/// Waits in line, until there is an answer or the client has gone.
+async fn wait(mut call: Call, place: &Arc<Place>, owner: Owner, pool: &Pool) {
+    let answer = poll_fn(|cx| {
+        // An error is the client's cancellation, its deadline, or its end. It
+        // comes only when it is asked for: the driver has every place asked
+        // now and then, and this one is when a VM comes.
+        let client = Pin::new(&mut call.client).poll_next(cx);
+        let gone = matches!(client, Poll::Ready(Some(Err(_))));
+        match gone {
+            true => Poll::Ready(None),
+            false => place.poll(cx).map(Some),
         }
-        Some(Answer::Closing) => {}
+    })
+    .await;
+    match answer.or_else(|| place.leave().map(Answer::returned)) {
+        Some(Answer::Vm(ready)) => deliver(call, ready, owner, pool, true).await,
+        Some(Answer::Closing) => call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await,
+        // Nobody has seen this VM: it is as good as new.
+        Some(Answer::Returned(ready)) => pool.tell(Event::Returned(ready)),
         None => pool.tell(Event::Gone(Arc::clone(place))),
     }
 }
 
 /// Sends a VM to its claimer and tells the driver what became of it.
-async fn deliver(
-    mut sink: ServerStreamingSink<GrpcVM>,
-    ready: Box<Ready>,
-    owner: Owner,
-    pool: &Pool,
-    taken: Option<i32>,
-) {
-    let Ready { mut vm, message } = *ready;
-    let recorded = vm.record(|l| {
-        l.state = State::Handing;
-        l.owner = Some(owner);
-    });
-    let sent = match recorded {
+async fn deliver(call: Call, ready: Box<Ready>, owner: Owner, pool: &Pool, waited: bool) {
+    let Call { client, sink } = call;
+    let Ready { vm, message, note } = *ready;
+    let sent = match note.write(&owner) {
         Ok(()) => {
-            // Held back until the status follows, so both go out in one write.
-            let flags = WriteFlags::default().buffer_hint(true);
-            match sink.send((message, flags)).await {
-                Ok(()) => sink.close().await.map_err(|e| e.to_string()),
-                Err(e) => Err(e.to_string()),
-            }
+            // Nobody else is woken before the answer is out: on a small machine
+            // the driver would take the client's processor.
+            sink.success(message).await.map_err(|e| e.to_string())
         }
         Err(e) => {
             let text = format!("write the ledger of VM {}: {e}", vm.id());
@@ -217,12 +208,10 @@ async fn deliver(
             Err(text)
         }
     };
-    if let Some(pid) = taken {
-        pool.tell(Event::Taken { pid });
-    }
+    drop(client);
     let vm = Box::new(vm);
     pool.tell(match sent {
-        Ok(()) => Event::Delivered { vm, owner },
+        Ok(()) => Event::Delivered { vm, owner, waited },
         Err(why) => Event::Undelivered { vm, why },
     });
 }

@@ -77,7 +77,7 @@ pub fn fork() -> io::Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
 }
 
-/// Makes a closed pipe end a quiet death, as every Unix filter expects; Rust's
+/// Makes a closed pipe end a process again, as every Unix filter expects; Rust's
 /// runtime ignores SIGPIPE.
 pub fn default_sigpipe() {
     // SAFETY: restores the default action, no handler of ours is involved.

@@ -39,10 +39,8 @@ pub fn channel_over(
 /// # Errors
 /// As getsockopt(2).
 pub fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32, u32)> {
-    let cred = nix::sys::socket::getsockopt(
-        &stream.as_fd(),
-        nix::sys::socket::sockopt::PeerCredentials,
-    )?;
+    let cred =
+        nix::sys::socket::getsockopt(&stream.as_fd(), nix::sys::socket::sockopt::PeerCredentials)?;
     Ok((cred.pid(), cred.uid(), cred.gid()))
 }
 

@@ -58,9 +58,7 @@ impl Kind {
     }
 
     fn from_magic(magic: &[u8]) -> Option<Kind> {
-        [Kind::Hello, Kind::Welcome, Kind::Data, Kind::Bye]
-            .into_iter()
-            .find(|k| k.magic() == magic)
+        [Kind::Hello, Kind::Welcome, Kind::Data, Kind::Bye].into_iter().find(|k| k.magic() == magic)
     }
 }
 

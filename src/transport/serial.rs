@@ -32,6 +32,7 @@ const MAX_SKIP: usize = 4 * 1024 * 1024;
 
 /// Why there is no connection.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The VM's directory has no port, or none may be opened.
     Open { path: PathBuf, source: io::Error },
@@ -50,7 +51,9 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Open { path, .. } => write!(f, "open the agent's serial port {}", path.display()),
+            Error::Open { path, .. } => {
+                write!(f, "open the agent's serial port {}", path.display())
+            }
             Error::Busy { dir, after } => write!(
                 f,
                 "all {AGENT_PORTS} agent connections of the VM in {} were taken for {:.1} s: \
@@ -67,11 +70,9 @@ impl fmt::Display for Error {
             Error::Closed { path } => {
                 write!(f, "QEMU closed the agent's serial port {}", path.display())
             }
-            Error::Garbage { path } => write!(
-                f,
-                "the guest sends on {}, but it is no vmcache agent",
-                path.display()
-            ),
+            Error::Garbage { path } => {
+                write!(f, "the guest sends on {}, but it is no vmcache agent", path.display())
+            }
             Error::Thread(_) => f.write_str("serve the agent's serial port"),
         }
     }
@@ -117,7 +118,11 @@ pub fn open(dir: &Path, within: Duration) -> Result<UnixStream, Error> {
 }
 
 /// Locks the first free port.
-fn take_port(dir: &Path, deadline: Instant, within: Duration) -> Result<(Flock<File>, PathBuf), Error> {
+fn take_port(
+    dir: &Path,
+    deadline: Instant,
+    within: Duration,
+) -> Result<(Flock<File>, PathBuf), Error> {
     loop {
         for port in 0..AGENT_PORTS {
             let path = dir.join(format!("agent.{port}.lock"));
@@ -253,4 +258,3 @@ fn pump(
     .map_err(Pump::Thread)?;
     Ok(())
 }
-

@@ -76,6 +76,16 @@ pub struct BootError {
     source: Box<dyn error::Error + Send + Sync>,
 }
 
+impl BootError {
+    /// A VM that came up, but could not be published; it is destroyed.
+    pub fn after_boot(vm: Vm, why: std::io::Error) -> BootError {
+        let (id, pid) = (vm.id().to_string(), vm.pid());
+        vm.destroy();
+        let (after, words) = (Duration::ZERO, String::new());
+        BootError { id, pid, phase: Phase::Ready, after, words, source: why.into() }
+    }
+}
+
 impl fmt::Display for BootError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "boot of VM {}", self.id)?;
@@ -98,6 +108,7 @@ impl error::Error for BootError {
 
 /// Who will own a VM.
 #[derive(Clone, Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Purpose {
     /// The pool at this endpoint; it is paused when it is ready, if the
     /// configuration says so.
@@ -212,9 +223,9 @@ impl Spawned {
         let process = Process::spawn(&config.qemu(), &args, monitor.as_fd(), leased)
             .map_err(|e| early(&id, Phase::Spawn, e.into()))?;
         (ledger.pid, ledger.start_time) = (process.pid(), process.start_time());
-        let written = ledger.write(dir.path()).and_then(|()| {
-            std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid()))
-        });
+        let written = ledger
+            .write(dir.path())
+            .and_then(|()| std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid())));
         let spawned = Spawned { process, dir, ledger, clock };
         match written {
             Ok(()) => Ok(spawned),
@@ -234,7 +245,14 @@ impl Spawned {
         if !console.trim().is_empty() {
             words.push_str(&format!("; the guest's console ended with: {}", console.trim()));
         }
-        BootError { id: self.ledger.id.clone(), pid: self.process.pid(), phase, after, words, source }
+        BootError {
+            id: self.ledger.id.clone(),
+            pid: self.process.pid(),
+            phase,
+            after,
+            words,
+            source,
+        }
     }
 
     fn connect(self) -> Result<Connected, BootError> {

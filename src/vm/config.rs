@@ -15,8 +15,18 @@ use crate::config::Config;
 /// Keys of HypervisorConfig in which two VMs may differ and still be one
 /// another's base: sizes are changed after the claim, the rest names places.
 const FREE: [&str; 13] = [
-    "NumVCPUs", "NumVCPUsF", "MemorySize", "BootToBeTemplate", "BootFromTemplate", "MemoryPath",
-    "DevicesStatePath", "SharedPath", "VMStorePath", "RunStorePath", "VMid", "SELinuxProcessLabel",
+    "NumVCPUs",
+    "NumVCPUsF",
+    "MemorySize",
+    "BootToBeTemplate",
+    "BootFromTemplate",
+    "MemoryPath",
+    "DevicesStatePath",
+    "SharedPath",
+    "VMStorePath",
+    "RunStorePath",
+    "VMid",
+    "SELinuxProcessLabel",
     "VMID",
 ];
 
@@ -199,7 +209,8 @@ mod tests {
 
     #[test]
     fn what_is_derived_from_katas_file_agrees_with_kata_where_both_speak() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/kata-1.13/configuration.toml");
+        let path =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/kata-1.13/configuration.toml");
         let config = Config::read(Path::new(path)).unwrap();
         let ours = VmConfig::of(&config);
         let theirs = VmConfig::parse(DATA[0]).unwrap();

@@ -3,6 +3,12 @@
 //! One file `vm.json` in each VM's directory, replaced whole (written beside,
 //! renamed) at every change of state. A state is written before what it
 //! announces happens.
+//!
+//! One change must cost next to nothing, since a client waits for it: that a
+//! ready VM is being handed to somebody. For it a file `claim` stands open and
+//! empty, into which one write puts the owner ([`ClaimNote`]); a ready VM with
+//! a note is being handed out. A process that is killed has written it whole or
+//! not at all; after a crash of the host there are no VMs.
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,6 +18,8 @@ use serde_derive::{Deserialize, Serialize};
 
 /// The file's name.
 pub const FILE: &str = "vm.json";
+/// The note's name.
+const NOTE: &str = "claim";
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -102,6 +110,12 @@ impl Ledger {
         let mut bytes = Vec::new();
         fs::File::open(dir.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
         let ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        let mut ledger = ledger;
+        if ledger.state == State::Ready {
+            if let Some(owner) = ClaimNote::read(dir) {
+                (ledger.state, ledger.owner) = (State::Handing, Some(owner));
+            }
+        }
         if dir.file_name().is_none_or(|n| n != ledger.id.as_str()) {
             return Err(io::Error::other(format!("it is the ledger of VM {:?}", ledger.id)));
         }
@@ -112,11 +126,48 @@ impl Ledger {
     /// left out.
     pub fn all(store: &Path) -> Vec<(std::path::PathBuf, Ledger)> {
         let entries = fs::read_dir(store).into_iter().flatten().flatten();
-        let mut found: Vec<_> = entries
-            .filter_map(|e| Ledger::read(&e.path()).ok().map(|l| (e.path(), l)))
-            .collect();
+        let mut found: Vec<_> =
+            entries.filter_map(|e| Ledger::read(&e.path()).ok().map(|l| (e.path(), l))).collect();
         found.sort_by_key(|(_, l)| (l.created, l.pid));
         found
+    }
+}
+
+/// The open file that records, in one write, to whom a ready VM is being handed.
+#[derive(Debug)]
+pub struct ClaimNote(fs::File);
+
+impl ClaimNote {
+    /// Opens it, empty, in a VM's directory.
+    ///
+    /// # Errors
+    /// As the file system's.
+    pub fn open(dir: &Path) -> io::Result<ClaimNote> {
+        fs::File::create(dir.join(NOTE)).map(ClaimNote)
+    }
+
+    /// Writes the owner.
+    ///
+    /// # Errors
+    /// As the file system's; nobody is the owner then.
+    pub fn write(&self, owner: &Owner) -> io::Result<()> {
+        let Owner { pid, start_time, uid, lease } = owner;
+        let line = format!("{pid} {start_time} {uid} {}\n", u8::from(*lease));
+        io::Write::write_all(&mut &self.0, line.as_bytes())
+    }
+
+    /// The owner that stands in a VM's directory; `None` when there is none.
+    fn read(dir: &Path) -> Option<Owner> {
+        let mut text = String::new();
+        fs::File::open(dir.join(NOTE)).ok()?.take(256).read_to_string(&mut text).ok()?;
+        let mut words = text.strip_suffix('\n')?.split(' ');
+        let owner = Owner {
+            pid: words.next()?.parse().ok()?,
+            start_time: words.next()?.parse().ok()?,
+            uid: words.next()?.parse().ok()?,
+            lease: words.next()? == "1",
+        };
+        words.next().is_none().then_some(owner)
     }
 }
 
@@ -145,6 +196,12 @@ mod tests {
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);
         assert_eq!(Ledger::all(&dir).len(), 1);
+        let note = ClaimNote::open(&vm).unwrap();
+        assert_eq!(Ledger::read(&vm).unwrap().state, State::Ready);
+        let owner = Owner { pid: 7, start_time: 8, uid: 9, lease: false };
+        note.write(&owner).unwrap();
+        let read = Ledger::read(&vm).unwrap();
+        assert_eq!((read.state, read.owner), (State::Handing, Some(owner)));
         fs::rename(&vm, dir.join("b")).unwrap();
         assert!(Ledger::read(&dir.join("b")).is_err());
         fs::write(dir.join("b").join(FILE), b"{").unwrap();

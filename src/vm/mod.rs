@@ -37,6 +37,7 @@ pub const ANSWER: Duration = Duration::from_secs(20);
 
 /// Why something could not be done with a VM.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// Its QEMU is gone.
     Dead { id: String, pid: i32 },

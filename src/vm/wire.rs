@@ -113,11 +113,10 @@ pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
     let dir = dir
         .filter(|d| d.file_name().is_some_and(|n| n == message.id.as_str()))
         .ok_or_else(|| bad(format!("monitor {:?} is not in its directory", read.monitor)))?;
-    let agent =
-        Address::parse(&ours.agent_url).map_err(|e| bad(e.to_string()))?;
+    let agent = Address::parse(&ours.agent_url).map_err(|e| bad(e.to_string()))?;
     // Read before the pid is trusted: the ledger is root's, the message a peer's.
-    let ledger = Ledger::read(&dir)
-        .map_err(|e| bad(format!("its ledger in {}: {e}", dir.display())))?;
+    let ledger =
+        Ledger::read(&dir).map_err(|e| bad(format!("its ledger in {}: {e}", dir.display())))?;
     if (ledger.pid, ledger.start_time) != (ours.pid, ours.start_time) {
         return Err(bad(format!("its ledger names pid {}, the server {}", ledger.pid, ours.pid)));
     }

@@ -1,8 +1,6 @@
 //! A command for a guest: what to run, as whom, where, and its OCI form.
 
-use crate::proto::oci::{
-    Box as Size, Linux, LinuxNamespace, Mount, Process, Root, Spec, User,
-};
+use crate::proto::oci::{Box as Size, Linux, LinuxNamespace, Mount, Process, Root, Spec, User};
 
 /// Annotation for the guest agent: a small init before the program.
 const REAPER: &str = "io.vmcache.init";

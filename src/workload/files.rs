@@ -24,12 +24,16 @@ const JOIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// When files can not be read here or written there.
 pub fn send_root(guest: &Guest, source: &Path) -> Result<(), Error> {
     send(guest, GUEST_ROOT, &mut |out| {
-        let meta = std::fs::metadata(source)
-            .map_err(|e| Error::Io { during: "read", path: source.into(), source: e })?;
+        let meta = std::fs::metadata(source).map_err(|e| Error::Io {
+            during: "read",
+            path: source.into(),
+            source: e,
+        })?;
         if meta.is_dir() {
             return tree::pack(source, Path::new(""), out).map_err(Error::Tree);
         }
-        let failed = |source_error| Error::Io { during: "send", path: source.into(), source: source_error };
+        let failed =
+            |source_error| Error::Io { during: "send", path: source.into(), source: source_error };
         let mut file = File::open(source).map_err(failed)?;
         io::copy(&mut file, out).map(|_| ()).map_err(failed)
     })
@@ -66,8 +70,11 @@ pub fn copy_out(guest: &Guest, source: &str, target: &Path) -> Result<(), Error>
 }
 
 fn start(guest: &Guest, command: &Command) -> Result<(Running, String), Error> {
-    let fresh = identity::uuid()
-        .map_err(|source| Error::Io { during: "take", path: "random bytes".into(), source })?;
+    let fresh = identity::uuid().map_err(|source| Error::Io {
+        during: "take",
+        path: "random bytes".into(),
+        source,
+    })?;
     let name = format!("copy-{}", &fresh[..8]);
     // Always in the guest's own root: that is where the agent is.
     guest.launch(command, &name, "/").map(|running| (running, name))
@@ -84,7 +91,12 @@ fn complaints(running: &Running) -> Result<Worker<String>, Error> {
     .map_err(|e| Error::Copy { text: e.to_string() })
 }
 
-fn finish(guest: &Guest, running: &Running, name: &str, complaint: Worker<String>) -> Result<(), Error> {
+fn finish(
+    guest: &Guest,
+    running: &Running,
+    name: &str,
+    complaint: Worker<String>,
+) -> Result<(), Error> {
     let code = running.wait()?;
     let text = complaint.join(JOIN).unwrap_or_default();
     let _ = guest.remove(name);
@@ -108,9 +120,11 @@ fn send(
     let mut out = BufWriter::with_capacity(CHUNK, running.stdin());
     let written = write(&mut out);
     let flushed = match written {
-        Ok(()) => out
-            .flush()
-            .map_err(|source| Error::Io { during: "write to", path: "the guest".into(), source }),
+        Ok(()) => out.flush().map_err(|source| Error::Io {
+            during: "write to",
+            path: "the guest".into(),
+            source,
+        }),
         Err(e) => Err(e),
     };
     if flushed.is_err() {

@@ -39,6 +39,7 @@ const NOTE: &str = "workload.json";
 
 /// Why a command could not be run, or files not be copied.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The agent refused or did not answer.
     Agent(agent::Error),
@@ -81,7 +82,9 @@ impl error::Error for Error {
 /// is the matter.
 fn start_error(e: agent::Error) -> Error {
     match e {
-        agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. } => Error::NotFound { text },
+        agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. } => {
+            Error::NotFound { text }
+        }
         agent::Error::Refused { code: ttrpc::Code::PERMISSION_DENIED, text, .. } => {
             Error::NotExecutable { text }
         }
@@ -151,13 +154,21 @@ impl Guest {
         let note = Note { container: container.to_string(), root: root.to_string() };
         let path = self.vm.dir().join(NOTE);
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
-        std::fs::write(&path, bytes)
-            .map_err(|source| Error::Io { during: "write", path: path.clone(), source })?;
+        std::fs::write(&path, bytes).map_err(|source| Error::Io {
+            during: "write",
+            path: path.clone(),
+            source,
+        })?;
         self.launch(command, container, root)
     }
 
     /// Makes a container and starts it.
-    pub(crate) fn launch(&self, command: &Command, container: &str, root: &str) -> Result<Running, Error> {
+    pub(crate) fn launch(
+        &self,
+        command: &Command,
+        container: &str,
+        root: &str,
+    ) -> Result<Running, Error> {
         let sandbox = CreateSandboxRequest {
             sandbox_id: self.vm.id().to_string(),
             hostname: format!("vm-{}", self.vm.id().get(..8).unwrap_or("guest")),
@@ -185,8 +196,11 @@ impl Guest {
     /// # Errors
     /// As [`Guest::spawn`].
     pub fn exec(&self, command: &Command) -> Result<Running, Error> {
-        let fresh = identity::uuid()
-            .map_err(|source| Error::Io { during: "take", path: "random bytes".into(), source })?;
+        let fresh = identity::uuid().map_err(|source| Error::Io {
+            during: "take",
+            path: "random bytes".into(),
+            source,
+        })?;
         let name = format!("exec-{}", &fresh[..8]);
         let note = std::fs::read(self.vm.dir().join(NOTE)).ok();
         let note: Option<Note> = note.and_then(|b| serde_json::from_slice(&b).ok());

@@ -56,9 +56,10 @@ pub fn watch(status: &Value, time: Duration) -> Result<Value, Failure> {
     let after = wake_ups(pid);
     let cpu_after: u64 = vms.iter().map(|p| cpu(*p)).sum();
     let count = |ours: bool| {
-        let grown = after.iter().filter(|(_, (o, _))| *o == ours).map(|(id, (_, n))| {
-            n.saturating_sub(before.get(id).map_or(0, |(_, b)| *b))
-        });
+        let grown = after
+            .iter()
+            .filter(|(_, (o, _))| *o == ours)
+            .map(|(id, (_, n))| n.saturating_sub(before.get(id).map_or(0, |(_, b)| *b)));
         grown.sum::<u64>() as f64 / time.as_secs_f64()
     };
     let seconds = cpu_after.saturating_sub(cpu_before) as f64 / ticks_per_second() as f64;

@@ -16,6 +16,18 @@ pub enum Answer {
     Vm(Box<Ready>),
     /// The server stops.
     Closing,
+    /// A VM that was given to a claim which had gone.
+    Returned(Box<Ready>),
+}
+
+impl Answer {
+    /// What an answer becomes when its claim has gone.
+    pub fn returned(self) -> Answer {
+        match self {
+            Answer::Vm(ready) => Answer::Returned(ready),
+            other => other,
+        }
+    }
 }
 
 enum State {
@@ -81,9 +93,15 @@ impl Place {
         }
     }
 
-    /// Whether the claim still waits.
-    pub fn waiting(&self) -> bool {
-        matches!(*self.lock(), State::Waiting(_))
+    /// Makes the handler look whether its client is still there.
+    pub fn nudge(&self) {
+        let waker = match &*self.lock() {
+            State::Waiting(waker) => waker.clone(),
+            State::Answered(_) | State::Left => None,
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 }
 

@@ -4,13 +4,16 @@
 //! that a VM is dead; it never waits for a client, a guest or a boot. When it
 //! has returned, no VM that was not handed out is left.
 
+mod handed;
+mod line;
+
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{at, bounded, never, select, Receiver, Sender};
+use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
 
 use super::board::Seen;
 use super::claim::{Answer, Place};
@@ -18,18 +21,19 @@ use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready};
 use super::watch::Watch;
 use crate::config::Config;
-use crate::hypervisor::qemu::process::reap;
 use crate::report::chain;
-use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, random, start_time};
+use crate::sys::process::{pidfd_kill, random};
 use crate::vm::boot::{boot, BootError, Purpose};
-use crate::vm::ledger::{Owner, State};
-use crate::vm::{wire, Vm};
+use crate::vm::ledger::{ClaimNote, State};
+use crate::vm::wire;
 use crate::worker::{self, Worker};
 
 /// How long a stopping driver waits for answers that are on their way to clients.
 const DELIVERY: Duration = Duration::from_secs(3);
 /// How long it waits for its boot workers, whose QEMUs it has killed.
 const WORKERS: Duration = Duration::from_secs(15);
+/// How often, while claims wait, their clients are looked after.
+const LOOK: Duration = Duration::from_millis(500);
 /// SIGKILL.
 const KILL: i32 = 9;
 
@@ -76,7 +80,11 @@ impl Driver {
     ///
     /// # Errors
     /// When threads or epoll are not to be had.
-    pub fn new(config: &Arc<Config>, pool: &Arc<Pool>, ends: Ends) -> Result<Driver, worker::Error> {
+    pub fn new(
+        config: &Arc<Config>,
+        pool: &Arc<Pool>,
+        ends: Ends,
+    ) -> Result<Driver, worker::Error> {
         // A rendezvous: a job is given only to a worker that is free, which the
         // policy's bound ensures, so the driver never waits here.
         let (jobs, jobs_out) = bounded::<Job>(0);
@@ -86,10 +94,8 @@ impl Driver {
             let name = format!("vmc-boot-{n}");
             workers.push(Worker::spawn(&name, move || work(&config, &pool, &jobs))?);
         }
-        let watch = Watch::start(pool.events.clone()).map_err(|source| worker::Error::Start {
-            name: "vmc-watch".into(),
-            source,
-        })?;
+        let watch = Watch::start(pool.events.clone())
+            .map_err(|source| worker::Error::Start { name: "vmc-watch".into(), source })?;
         pool.board.facts().target = config.pool;
         Ok(Driver {
             pool: Arc::clone(pool),
@@ -111,13 +117,15 @@ impl Driver {
     pub fn run(mut self) -> String {
         loop {
             self.start_boots();
-            let alarm = match self.policy.wake_at(self.view(), Instant::now()) {
-                Some(when) => at(when),
-                None => never(),
-            };
+            let alarm = self.policy.wake_at(self.view(), Instant::now()).map_or_else(never, at);
+            let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
                 recv(self.ends.events) -> event => event.ok(),
                 recv(alarm) -> _ => continue,
+                recv(look) -> _ => {
+                    self.line.iter().for_each(|place| place.nudge());
+                    continue;
+                }
             };
             match event {
                 Some(Event::Stop { why }) => {
@@ -152,153 +160,15 @@ impl Driver {
         match event {
             Event::Claim(place) => self.claim(place),
             Event::Gone(place) => self.gone(&place),
-            Event::Taken { pid } => {
-                let mut facts = self.pool.board.facts();
-                facts.counters.claims_from_pool += 1;
-                if let Some(seen) = facts.vms.get_mut(&pid) {
-                    seen.state = State::Handing;
-                }
-            }
+            Event::Returned(ready) => self.returned(ready),
             Event::Dead(ready) => self.died(*ready),
-            Event::Delivered { vm, owner } => self.delivered(*vm, owner),
+            Event::Delivered { vm, owner, waited } => self.delivered(*vm, owner, waited),
             Event::Undelivered { vm, why } => self.undelivered(*vm, &why),
             Event::Started { job, pid, id, pidfd } => self.started(job, pid, id, pidfd),
             Event::Booted { job, result } => self.booted(job, result),
             Event::Ended(token) => self.ended(token),
             Event::Stop { .. } => {}
         }
-    }
-
-    fn claim(&mut self, place: Arc<Place>) {
-        self.line.push_back(place);
-        self.serve_line();
-        self.pool.board.facts().waiting = self.line.len();
-    }
-
-    /// Gives ready VMs to the claims in line, first come, first served.
-    fn serve_line(&mut self) {
-        while !self.line.is_empty() {
-            let Ok(ready) = self.pool.ready.try_recv() else { return };
-            self.publish(ready);
-        }
-    }
-
-    /// A VM for the first in line, or else for the ready channel.
-    fn publish(&mut self, ready: Box<Ready>) {
-        if !ready.vm.alive() {
-            return self.died(*ready);
-        }
-        let pid = ready.vm.pid();
-        let mut answer = Answer::Vm(ready);
-        while let Some(place) = self.line.pop_front() {
-            self.pool.into_hands();
-            let given = place.give(answer);
-            self.pool.left_line();
-            match given {
-                Ok(()) => {
-                    let mut facts = self.pool.board.facts();
-                    facts.counters.claims_waited += 1;
-                    facts.waiting = self.line.len();
-                    if let Some(seen) = facts.vms.get_mut(&pid) {
-                        seen.state = State::Handing;
-                    }
-                    return;
-                }
-                Err(back) => {
-                    self.pool.out_of_hands();
-                    self.pool.board.facts().counters.claims_cancelled += 1;
-                    answer = back;
-                }
-            }
-        }
-        if let Answer::Vm(ready) = answer {
-            // Full only when thousands of claims had VMs booted for them and left.
-            if let Err(over) = self.ends.ready.try_send(ready) {
-                self.forget(over.into_inner().vm.pid());
-            }
-        }
-    }
-
-    fn gone(&mut self, place: &Arc<Place>) {
-        let before = self.line.len();
-        self.line.retain(|p| !Arc::ptr_eq(p, place));
-        let mut facts = self.pool.board.facts();
-        if self.line.len() < before {
-            self.pool.left_line();
-            facts.counters.claims_cancelled += 1;
-        }
-        facts.waiting = self.line.len();
-    }
-
-    fn delivered(&mut self, mut vm: Vm, owner: Owner) {
-        self.pool.out_of_hands();
-        let pid = vm.pid();
-        log::info!(
-            "vm-claimed: VM {} (QEMU pid {pid}) went to pid {} of uid {}{}",
-            vm.id(),
-            owner.pid,
-            owner.uid,
-            if owner.lease { ", for as long as it lives" } else { "" }
-        );
-        if let Err(e) = vm.record(|l| {
-            l.state = State::Handed;
-            l.owner = Some(owner);
-        }) {
-            // Its owner may have ended it and removed the directory already.
-            log::debug!("record that VM {} was handed out: {e}", vm.id());
-        }
-        let pidfd = match vm.watch() {
-            Ok(pidfd) => pidfd,
-            Err(e) => {
-                log::warn!("watch VM {}: {e}", vm.id());
-                self.forget(pid);
-                return vm.let_go();
-            }
-        };
-        let handed = Handed { pidfd, dir: vm.dir().to_path_buf(), id: vm.id().to_string() };
-        let alive = vm.alive();
-        vm.let_go();
-        self.handed.insert(pid, handed);
-        if !alive {
-            return self.handed_ended(pid);
-        }
-        if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
-            seen.state = State::Handed;
-        }
-        if owner.lease {
-            self.lease(pid, owner);
-        }
-    }
-
-    /// Watches the process that leases a VM.
-    fn lease(&mut self, pid: i32, owner: Owner) {
-        let watched = pidfd_open(owner.pid)
-            .ok()
-            .filter(|_| start_time(owner.pid) == Some(owner.start_time))
-            .and_then(|fd| self.watch.add(fd).ok());
-        match watched {
-            Some(token) => {
-                self.watched.insert(token, Watched::Owner(pid));
-            }
-            None => self.end_lease(pid),
-        }
-    }
-
-    fn end_lease(&mut self, pid: i32) {
-        let Some(handed) = self.handed.get(&pid) else { return };
-        if pidfd_alive(handed.pidfd.as_fd()) {
-            log::info!("reclaimed: the process that leased VM {} has ended; ending the VM", handed.id);
-            self.pool.board.facts().counters.leases_ended += 1;
-            let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
-        }
-    }
-
-    fn undelivered(&mut self, vm: Vm, why: &str) {
-        self.pool.out_of_hands();
-        log::warn!("VM {} was not delivered ({why}): destroying it", vm.id());
-        self.forget(vm.pid());
-        self.pool.board.facts().counters.deliveries_failed += 1;
-        vm.destroy();
     }
 
     fn started(&mut self, job: u64, pid: i32, id: String, pidfd: OwnedFd) {
@@ -397,26 +267,13 @@ impl Driver {
     }
 
     fn died(&mut self, ready: Ready) {
-        let text = format!(
-            "VM {} (QEMU pid {}) died while it stood ready",
-            ready.vm.id(),
-            ready.vm.pid()
-        );
+        let text =
+            format!("VM {} (QEMU pid {}) died while it stood ready", ready.vm.id(), ready.vm.pid());
         log::error!("vm-died: {text}; replacing it");
         self.forget(ready.vm.pid());
         let mut facts = self.pool.board.facts();
         facts.counters.died_ready += 1;
         facts.last_error = Some(text);
-    }
-
-    /// A VM that was handed out has ended: no zombie and no directory stays.
-    fn handed_ended(&mut self, pid: i32) {
-        self.forget(pid);
-        if let Some(handed) = self.handed.remove(&pid) {
-            reap(handed.pidfd.as_fd());
-            drop(crate::vm::dir::VmDir::adopt(&handed.dir));
-            log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.id);
-        }
     }
 
     /// No word of it in status, and no watch.
@@ -491,9 +348,12 @@ fn work(config: &Config, pool: &Pool, jobs: &Receiver<Job>) {
             }
         };
         let result = boot(config, &purpose, &mut started)
-            .map(|vm| {
-                let message = wire::to_wire(&vm, config);
-                Box::new(Ready { vm, message })
+            .and_then(|vm| match ClaimNote::open(vm.dir()) {
+                Ok(note) => {
+                    let message = wire::to_wire(&vm, config);
+                    Ok(Box::new(Ready { vm, message, note }))
+                }
+                Err(e) => Err(BootError::after_boot(vm, e)),
             })
             .map_err(Box::new);
         pool.tell(Event::Booted { job: number, result });

@@ -64,7 +64,7 @@ impl Policy {
     /// A boot that started at `started` failed; `jitter` is 0 to 1. The pause
     /// that follows. Boots that were under way together count as one failure.
     pub fn failed(&mut self, started: Instant, now: Instant, jitter: f64) -> Duration {
-        if self.last_failure.is_none_or(|last| started >= last) {
+        if self.last_failure.is_none_or(|last| started > last) {
             self.failures = self.failures.saturating_add(1);
             self.last_failure = Some(now);
         }

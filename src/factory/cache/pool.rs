@@ -15,7 +15,7 @@ use super::claim::Place;
 use crate::config::MAX_POOL;
 use crate::proto::cache::GrpcVM;
 use crate::vm::boot::BootError;
-use crate::vm::ledger::Owner;
+use crate::vm::ledger::{ClaimNote, Owner};
 use crate::vm::Vm;
 
 /// Events that may lie before the driver: each of its sources (handlers,
@@ -28,20 +28,23 @@ pub struct Ready {
     pub vm: Vm,
     /// Its form on the wire.
     pub message: GrpcVM,
+    /// Where its claimer will stand.
+    pub note: ClaimNote,
 }
 
 /// What the driver is told.
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Event {
     /// A claim found nothing ready and stands in line.
     Claim(Arc<Place>),
     /// A claim in line has gone.
     Gone(Arc<Place>),
-    /// A handler took this VM from the ready channel.
-    Taken { pid: i32 },
+    /// A claim in line had gone when its VM came; nobody has seen the VM.
+    Returned(Box<Ready>),
     /// A handler found this VM dead as it took it.
     Dead(Box<Ready>),
-    /// The client has the VM.
-    Delivered { vm: Box<Vm>, owner: Owner },
+    /// The client has the VM; `waited` when it had stood in line for it.
+    Delivered { vm: Box<Vm>, owner: Owner, waited: bool },
     /// The client may or may not have it: it must be destroyed.
     Undelivered { vm: Box<Vm>, why: String },
     /// A worker started QEMU.

@@ -122,15 +122,18 @@ fn bridges(c: &Config, args: &mut Args) {
     for i in 0..c.number(QEMU, "default_bridges") {
         let address = 2 + i;
         let chassis = 1 + i;
-        args.pair("-device", match c.machine {
-            Machine::Q35 => format!(
-                "pci-bridge,bus=pcie.0,id=pci-bridge-{i},chassis_nr={chassis},shpc=off,\
+        args.pair(
+            "-device",
+            match c.machine {
+                Machine::Q35 => format!(
+                    "pci-bridge,bus=pcie.0,id=pci-bridge-{i},chassis_nr={chassis},shpc=off,\
                  addr={address},io-reserve=4k,mem-reserve=1m,pref64-reserve=1m"
-            ),
-            Machine::Pc => format!(
+                ),
+                Machine::Pc => format!(
                 "pci-bridge,bus=pci.0,id=pci-bridge-{i},chassis_nr={chassis},shpc=on,addr={address}"
             ),
-        });
+            },
+        );
     }
 }
 

@@ -72,7 +72,8 @@ impl Process {
         leased: bool,
     ) -> Result<Process, SpawnError> {
         let failed = |source: io::Error| SpawnError { path: qemu.to_path_buf(), source };
-        let (output, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
+        let (output, theirs) =
+            pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
         // Our reading end may block; theirs must not, or a full pipe stops the VM.
         fcntl(&output, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
         let mut command = Command::new(qemu);

@@ -26,6 +26,7 @@ pub const QUICK: Duration = Duration::from_secs(10);
 
 /// Why talking to QEMU failed.
 #[derive(Debug)]
+#[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// The socket could not be connected.
     Connect { path: PathBuf, source: io::Error },
@@ -44,10 +45,16 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Connect { path, .. } => write!(f, "connect to QEMU's monitor {}", path.display()),
-            Error::Io { during, path, .. } => write!(f, "{during} on QEMU's monitor {}", path.display()),
+            Error::Connect { path, .. } => {
+                write!(f, "connect to QEMU's monitor {}", path.display())
+            }
+            Error::Io { during, path, .. } => {
+                write!(f, "{during} on QEMU's monitor {}", path.display())
+            }
             Error::Closed { during, path } => write!(
-                f, "QEMU closed its monitor {} during {during}: it has probably died", path.display()
+                f,
+                "QEMU closed its monitor {} during {during}: it has probably died",
+                path.display()
             ),
             Error::Silent { during, path, after } => write!(
                 f,
@@ -131,7 +138,12 @@ impl Qmp {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn execute(&mut self, command: &str, arguments: Option<Value>, within: Duration) -> Result<Value, Error> {
+    pub fn execute(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        within: Duration,
+    ) -> Result<Value, Error> {
         self.next_id += 1;
         let id = format!("vmcache-{}", self.next_id);
         let mut request = json!({"execute": command, "id": id});
@@ -213,7 +225,11 @@ impl Qmp {
     }
 
     fn garbage(&self, during: &str, what: &str) -> Error {
-        Error::Garbage { during: during.to_string(), path: self.path.clone(), what: what.to_string() }
+        Error::Garbage {
+            during: during.to_string(),
+            path: self.path.clone(),
+            what: what.to_string(),
+        }
     }
 
     fn line(&mut self, during: &str, deadline: Instant, within: Duration) -> Result<Value, Error> {
@@ -221,7 +237,8 @@ impl Qmp {
             match self.lines.next() {
                 Some(Ok(line)) => {
                     return serde_json::from_slice(&line).map_err(|e| {
-                        let head: String = String::from_utf8_lossy(&line).chars().take(80).collect();
+                        let head: String =
+                            String::from_utf8_lossy(&line).chars().take(80).collect();
                         self.garbage(during, &format!("not JSON ({e}): {head:?}"))
                     });
                 }
@@ -231,24 +248,45 @@ impl Qmp {
                 None => {}
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let silent = || Error::Silent { during: during.to_string(), path: self.path.clone(), after: within };
+            let silent = || Error::Silent {
+                during: during.to_string(),
+                path: self.path.clone(),
+                after: within,
+            };
             if left.is_zero() {
                 return Err(silent());
             }
             let mut chunk = [0; 4096];
-            let read = self.stream.set_read_timeout(Some(left)).and_then(|()| self.stream.read(&mut chunk));
+            let read = self
+                .stream
+                .set_read_timeout(Some(left))
+                .and_then(|()| self.stream.read(&mut chunk));
             match read {
-                Ok(0) => return Err(Error::Closed { during: during.to_string(), path: self.path.clone() }),
+                Ok(0) => {
+                    return Err(Error::Closed {
+                        during: during.to_string(),
+                        path: self.path.clone(),
+                    })
+                }
                 Ok(n) => self.lines.push(&chunk[..n]),
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+                {
                     return Err(silent());
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(Error::Closed { during: during.to_string(), path: self.path.clone() });
+                    return Err(Error::Closed {
+                        during: during.to_string(),
+                        path: self.path.clone(),
+                    });
                 }
                 Err(source) => {
-                    return Err(Error::Io { during: during.to_string(), path: self.path.clone(), source });
+                    return Err(Error::Io {
+                        during: during.to_string(),
+                        path: self.path.clone(),
+                        source,
+                    });
                 }
             }
         }

@@ -69,6 +69,8 @@ fn a_late_answer_is_not_lost_to_a_timeout() {
     theirs.write_all(b"{\"return\": ").unwrap();
     let e = qmp.execute("a", None, Duration::from_millis(50)).unwrap_err();
     assert!(matches!(e, Error::Silent { .. }));
-    theirs.write_all(b"7, \"id\": \"vmcache-2\"}\n{\"return\": 8, \"id\": \"vmcache-3\"}\n").unwrap();
+    theirs
+        .write_all(b"7, \"id\": \"vmcache-2\"}\n{\"return\": 8, \"id\": \"vmcache-3\"}\n")
+        .unwrap();
     assert_eq!(qmp.execute("b", None, Duration::from_secs(5)).unwrap(), 8);
 }

@@ -1,0 +1,209 @@
+//! Whether the values can work: each alone, together, and with the files that
+//! they name.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::Duration;
+
+use super::options::{FACTORY, OURS, QEMU};
+use super::raw::Raw;
+use super::{host_cpus, Accel, Config, Error, Machine, MAX_POOL, MAX_SOCKET_PATH};
+
+/// Longest name of a file in a VM's directory, `<uuid>/agent.3.sock`, with slashes.
+const VM_FILES: usize = 51;
+/// Least memory that a guest is given, MiB.
+const MIN_MEMORY: u64 = 64;
+
+impl Config {
+    pub(super) fn check(raw: Raw) -> Result<Config, Error> {
+        let mut config = Config {
+            files: raw.files.clone(),
+            warnings: raw.warnings.clone(),
+            accel: Accel::Kvm,
+            machine: Machine::Q35,
+            boot_timeout: Duration::ZERO,
+            boot_parallel: 0,
+            pool: 0,
+            socket_mode: 0,
+            log_level: log::LevelFilter::Info,
+            raw: std::sync::Arc::new(raw),
+        };
+        config.accel = match config.text(OURS, "accel") {
+            "kvm" => Accel::Kvm,
+            "tcg" => Accel::Tcg,
+            _ => return Err(config.wrong(OURS, "accel", "must be \"kvm\" or \"tcg\"")),
+        };
+        config.machine = match config.text(QEMU, "machine_type") {
+            "q35" => Machine::Q35,
+            "pc" => Machine::Pc,
+            _ => return Err(config.wrong(QEMU, "machine_type", "must be \"q35\" or \"pc\"")),
+        };
+        config.check_numbers()?;
+        config.check_paths()?;
+        config.check_choices()?;
+        Ok(config)
+    }
+
+    fn check_numbers(&mut self) -> Result<(), Error> {
+        let memory = self.number(QEMU, "default_memory");
+        if !(MIN_MEMORY..=4 * 1024 * 1024).contains(&memory) {
+            let why = format!("a guest needs at least {MIN_MEMORY} MiB (and at most 4 TiB)");
+            return Err(self.wrong(QEMU, "default_memory", why));
+        }
+        let (cpus, most) = (self.number(QEMU, "default_vcpus"), self.max_cpus());
+        if cpus == 0 || cpus > u64::from(most) {
+            let why = format!("must be 1 to default_maxvcpus, which is {most} here");
+            return Err(self.wrong(QEMU, "default_vcpus", why));
+        }
+        let pool = self.number(FACTORY, "vm_cache_number");
+        if pool > MAX_POOL {
+            let why = format!("must be at most {MAX_POOL}");
+            return Err(self.wrong(FACTORY, "vm_cache_number", why));
+        }
+        self.pool = pool as usize;
+        let timeout = self.number(OURS, "boot_timeout");
+        if !(1..=3600).contains(&timeout) {
+            return Err(self.wrong(OURS, "boot_timeout", "must be 1 to 3600 seconds"));
+        }
+        self.boot_timeout = Duration::from_secs(timeout);
+        let parallel = self.number(OURS, "boot_parallel");
+        if parallel > 256 {
+            return Err(self.wrong(OURS, "boot_parallel", "must be at most 256"));
+        }
+        self.boot_parallel = match parallel {
+            0 => (host_cpus() / 2).max(2) as usize,
+            n => n as usize,
+        };
+        if self.number(QEMU, "memory_slots") > 255 {
+            return Err(self.wrong(QEMU, "memory_slots", "must be at most 255"));
+        }
+        if self.number(QEMU, "default_bridges") > 5 {
+            return Err(self.wrong(QEMU, "default_bridges", "must be at most 5"));
+        }
+        Ok(())
+    }
+
+    fn check_paths(&mut self) -> Result<(), Error> {
+        let endpoint = self.text(FACTORY, "vm_cache_endpoint").to_string();
+        if endpoint.len() > MAX_SOCKET_PATH {
+            let why = format!(
+                "{} bytes, but the path of a socket can have {MAX_SOCKET_PATH}: choose a shorter one",
+                endpoint.len()
+            );
+            return Err(self.wrong(FACTORY, "vm_cache_endpoint", why));
+        }
+        let store = self.text(OURS, "vm_store_path").to_string();
+        if store.len() + VM_FILES > MAX_SOCKET_PATH {
+            let most = MAX_SOCKET_PATH - VM_FILES;
+            let why = format!(
+                "{} bytes, but VMs' sockets below it leave only {most}: choose a shorter one",
+                store.len()
+            );
+            return Err(self.wrong(OURS, "vm_store_path", why));
+        }
+        for (table, key) in [(FACTORY, "vm_cache_endpoint"), (OURS, "vm_store_path")] {
+            if !self.text(table, key).starts_with('/') {
+                return Err(self.wrong(table, key, "must be an absolute path"));
+            }
+        }
+        let mode = self.text(OURS, "socket_mode").to_string();
+        let digits = mode.trim_start_matches("0o");
+        self.socket_mode = u32::from_str_radix(digits, 8)
+            .ok()
+            .filter(|m| *m <= 0o777)
+            .ok_or_else(|| self.wrong(OURS, "socket_mode", "must be octal, such as \"0660\""))?;
+        Ok(())
+    }
+
+    fn check_choices(&mut self) -> Result<(), Error> {
+        if self.flag(FACTORY, "enable_template") {
+            let why = "templates are not supported by this version: leave it false";
+            return Err(self.wrong(FACTORY, "enable_template", why));
+        }
+        if !self.text(QEMU, "image").is_empty() {
+            let why = "guests from a disk image are not supported by this version: use initrd";
+            return Err(self.wrong(QEMU, "image", why));
+        }
+        if !["auto", "serial"].contains(&self.text(OURS, "transport")) {
+            let why = "must be \"auto\" or \"serial\" in this version";
+            return Err(self.wrong(OURS, "transport", why));
+        }
+        let driver = self.text(QEMU, "block_device_driver");
+        if !["virtio-scsi", "virtio-blk"].contains(&driver) {
+            let why = "must be \"virtio-scsi\" or \"virtio-blk\"";
+            return Err(self.wrong(QEMU, "block_device_driver", why));
+        }
+        let shared = self.text(QEMU, "shared_fs");
+        if !["none", ""].contains(&shared) {
+            // Kata's file names virtio-fs or 9p; nothing here needs it.
+            let line = format!(
+                "{}: shared_fs = {shared:?}: no directory is shared with guests",
+                self.place(QEMU, "shared_fs")
+            );
+            self.warnings.push(line);
+        }
+        self.log_level = self.text(OURS, "log_level").parse().map_err(|_| {
+            self.wrong(OURS, "log_level", "must be error, warn, info, debug or trace")
+        })?;
+        Ok(())
+    }
+
+    /// Checks that the files that VMs are made from exist and are what they should be.
+    ///
+    /// # Errors
+    /// [`Error::File`] for the first that is not.
+    pub fn check_files(&self) -> Result<(), Error> {
+        let wrong = |table, key, path: &Path, why: String| Error::File {
+            place: self.place(table, key),
+            key,
+            path: path.to_path_buf(),
+            why,
+        };
+        let qemu = self.qemu();
+        let found = std::fs::metadata(&qemu).map_err(|e| {
+            let why = format!("{e}; install QEMU (Debian: qemu-system-x86) or set its path");
+            wrong(QEMU, "path", &qemu, why)
+        })?;
+        if !found.is_file() {
+            return Err(wrong(QEMU, "path", &qemu, "is no file".to_string()));
+        }
+        let (kernel, initrd) = (self.kernel(), self.initrd());
+        let head = head_of(&kernel)
+            .map_err(|e| wrong(QEMU, "kernel", &kernel, format!("{e}; name the guest's kernel")))?;
+        if head.get(0x202..0x206) != Some(b"HdrS") && !head.starts_with(b"\x7fELF") {
+            let why = "is no Linux kernel (neither bzImage nor ELF)".to_string();
+            return Err(wrong(QEMU, "kernel", &kernel, why));
+        }
+        if initrd.as_os_str().is_empty() {
+            let why = "is not set; `vmcache mkinitrd` makes one".to_string();
+            return Err(wrong(QEMU, "initrd", &initrd, why));
+        }
+        let head = head_of(&initrd).map_err(|e| {
+            wrong(QEMU, "initrd", &initrd, format!("{e}; `vmcache mkinitrd` makes one"))
+        })?;
+        let archives: [&[u8]; 8] = [
+            b"070701",
+            b"070702",
+            b"\x1f\x8b",
+            b"\xfd7zXZ",
+            b"\x28\xb5\x2f\xfd",
+            b"\x02\x21\x4c\x18",
+            b"BZh",
+            b"\x5d\x00\x00",
+        ];
+        if !archives.iter().any(|magic| head.starts_with(magic)) {
+            let why = "is no initramfs (no cpio archive, compressed or not); \
+                       `vmcache mkinitrd` makes one"
+                .to_string();
+            return Err(wrong(QEMU, "initrd", &initrd, why));
+        }
+        Ok(())
+    }
+}
+
+fn head_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    File::open(path)?.take(1024).read_to_end(&mut head)?;
+    Ok(head)
+}

@@ -1,0 +1,31 @@
+//! The integration tests, one binary. Everything here is real: QEMU, a
+//! distribution's kernel, the guest agent, gRPC on a Unix socket.
+//!
+//! | module      | shows |
+//! |-------------|-------|
+//! | `pool`      | life of a pool: fill, claim, order, replace, stop, restart |
+//! | `wire`      | the four calls and their JSON, as Kata's clients see them |
+//! | `run`       | commands: streams, exit codes, signals, terminal, users, sizes |
+//! | `rootfs`    | a Debian root as a directory and as a tar |
+//! | `claimed`   | exec, cp, ps, stats, pause, resume, list, stop |
+//! | `guest`     | every agent call; four clients at once; a client that dies |
+//! | `faults`    | what can be wrong, each with its error and exit code |
+//! | `deaths`    | SIGKILL of clients, VMs and the server |
+//! | `readme`    | the README's table of options is the code's |
+//!
+//! `tests/run` prepares what they need and names it in `VMCACHE_TEST_DIR`;
+//! without that they fail when `VMCACHE_REQUIRE_QEMU` is set, and say loudly
+//! that they were skipped when it is not.
+
+#![allow(clippy::disallowed_methods)] // Tests start processes and threads.
+
+mod claimed;
+mod daemon;
+mod deaths;
+mod faults;
+mod guest;
+mod pool;
+mod readme;
+mod rootfs;
+mod run;
+mod wire;

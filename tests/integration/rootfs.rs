@@ -1,0 +1,37 @@
+//! A Debian made by debootstrap, as a directory and as a tar.
+
+use crate::daemon::{assert_nothing_left, text, Daemon, Options};
+use crate::require_qemu;
+
+#[test]
+fn a_debian_root_runs_as_directory_and_as_tar() {
+    let prepared = require_qemu!();
+    let (directory, tar) = (prepared.join("debian"), prepared.join("debian.tar"));
+    let mut options = Options::pool(&prepared, 1);
+    options.memory = 1024;
+    let d = Daemon::start(&options);
+    let packages = std::fs::read_to_string(directory.join("var/lib/dpkg/status"))
+        .expect("tests/run makes a Debian root with debootstrap");
+    let expected = packages.lines().filter(|l| l.starts_with("Package: ")).count();
+    for root in [&directory, &tar] {
+        let root = root.to_str().unwrap();
+        let script = "dpkg -l | grep -c ^ii; perl -e 'print 6*7, qq(\\n)'; \
+                      stat -c '%a %U' /usr/bin/passwd; ls -l /etc/mtab | grep -c /proc/mounts; \
+                      test \"$(stat -c %i /usr/bin/perl)\" = \"$(stat -c %i /usr/bin/perl5.36.0)\" \
+                      && echo linked; cat /proc/1/comm > /dev/null && ls /dev/pts/ptmx";
+        let out =
+            d.output(&["run", "--rootfs", root, "--env", "LC_ALL=C", "--", "sh", "-c", script]);
+        let lines = text(&out.stdout);
+        let lines: Vec<&str> = lines.lines().collect();
+        let expected = expected.to_string();
+        let want = [expected.as_str(), "42", "4755 root", "1", "linked", "/dev/pts/ptmx"];
+        assert_eq!(lines, want, "{root}: {}", text(&out.stderr));
+        d.wait_ready(1);
+    }
+    let out = d.output(&["run", "--rootfs", "/nonexistent", "--", "true"]);
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+    let out = d.output(&["run", "--rootfs", "/etc/passwd", "--", "true"]);
+    assert_eq!(out.status.code(), Some(125), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("tar"), "{}", text(&out.stderr));
+    assert_nothing_left(&d.quit().0);
+}
