@@ -33,14 +33,15 @@ impl Address {
         }
     }
 
-    /// Connects; the stream carries ttrpc.
+    /// Connects; the stream carries ttrpc. `patience` is for one try, `within`
+    /// for all of them.
     ///
     /// # Errors
     /// [`Error::Connect`].
-    pub fn connect(&self, within: Duration) -> Result<UnixStream, Error> {
+    pub fn connect(&self, within: Duration, patience: Duration) -> Result<UnixStream, Error> {
         match self {
             Address::Serial(dir) => {
-                serial::open(dir, within).map_err(|source| Error::Connect { source })
+                serial::open(dir, within, patience).map_err(|source| Error::Connect { source })
             }
         }
     }

@@ -4,7 +4,9 @@
 //! Sources: Kata's agent.proto and health.proto; the ttrpc protocol of
 //! containerd.
 
+use std::net::Shutdown;
 use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use ttrpc::context::{with_duration, Context};
@@ -22,24 +24,55 @@ use crate::proto::types::{Interface, Route};
 /// Deadline of a call that does not wait for a process.
 pub const CALL: Duration = Duration::from_secs(30);
 
+/// How long one of a guest's ports may be silent before another is tried.
+const PATIENCE: Duration = Duration::from_secs(4);
+
 /// A connection to an agent.
+///
+/// Invariant: the connection ends when this is dropped, whatever the client
+/// library's threads wait for.
 pub struct KataAgent {
     agent: AgentServiceClient,
     health: HealthClient,
+    stream: UnixStream,
+}
+
+impl Drop for KataAgent {
+    fn drop(&mut self) {
+        // The library's reader holds the connection while it waits, so
+        // dropping the library's client alone may never close it.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
 }
 
 impl KataAgent {
-    /// Connects to an agent; it has answered when this returns.
+    /// Connects to the agent of a guest that is up; it has answered when this
+    /// returns.
     ///
     /// # Errors
     /// [`Error::Connect`] when nothing answers.
     pub fn connect(address: &Address, within: Duration) -> Outcome<KataAgent> {
-        let stream = address.connect(within)?;
+        KataAgent::over(address.connect(within, PATIENCE)?)
+    }
+
+    /// The same for a guest that may still be booting.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] when nothing answers.
+    pub fn await_boot(address: &Address, within: Duration) -> Outcome<KataAgent> {
+        KataAgent::over(address.connect(within, within)?)
+    }
+
+    fn over(stream: UnixStream) -> Outcome<KataAgent> {
+        let kept = stream
+            .try_clone()
+            .map_err(|source| Error::Host { during: "duplicate a connection", source })?;
         let fd = OwnedFd::from(stream).into_raw_fd();
         let client = ttrpc::Client::new(fd).map_err(|e| failed("connect", e))?;
         Ok(KataAgent {
             agent: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client),
+            stream: kept,
         })
     }
 }

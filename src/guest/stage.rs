@@ -36,7 +36,7 @@ use protobuf::Message;
 use ttrpc::Code;
 
 use super::failure::{Attempt, Failure, Outcome};
-use super::{capabilities, mounts, user};
+use super::{capabilities, user};
 use crate::proto::oci::{Process, Spec};
 use crate::sys::guest::set_oom_score;
 use crate::sys::process::{default_sigpipe, fork};
@@ -74,18 +74,22 @@ fn prepare(dir: &Path, name: &str) -> Outcome<i32> {
         fs::write(Path::new(&linux.CgroupsPath).join("cgroup.procs"), "0")
             .during(|| format!("join cgroup {}", linux.CgroupsPath))?;
     }
-    if name == INIT {
-        make_namespaces(&spec)?;
-    } else {
-        join_namespaces(dir)?;
-    }
+    // The mount namespace is entered by the child alone: this process must
+    // still find the directory in which it reports.
+    let mounts = match name {
+        INIT => {
+            make_namespaces(&spec)?;
+            None
+        }
+        _ => Some(join_namespaces(dir)?),
+    };
     let (mut answer, report) = pipe2(OFlag::O_CLOEXEC)
         .map(|(r, w)| (File::from(r), File::from(w)))
         .during(|| "make a pipe")?;
     match fork().during(|| "fork into the namespaces")? {
         ForkResult::Child => {
             drop(answer);
-            child(spec, name == INIT, start, report)
+            child(spec, mounts, start, report)
         }
         ForkResult::Parent { child } => {
             drop(report);
@@ -125,12 +129,15 @@ fn namespace(kind: &str) -> Option<(CloneFlags, &'static str)> {
 }
 
 fn make_namespaces(spec: &Spec) -> Outcome<()> {
-    let mut new = CloneFlags::CLONE_NEWNS;
+    let mut new = CloneFlags::empty();
     for ns in spec.Linux.as_ref().map(|l| l.Namespaces.as_slice()).unwrap_or_default() {
         let Some((flag, _)) = namespace(&ns.Type) else {
             let text = format!("{} namespaces are not supported in this guest", ns.Type);
             return Err(Failure::new(Code::UNIMPLEMENTED, text));
         };
+        if flag == CloneFlags::CLONE_NEWNS {
+            continue;
+        }
         if ns.Path.is_empty() {
             new |= flag;
         } else {
@@ -141,24 +148,25 @@ fn make_namespaces(spec: &Spec) -> Outcome<()> {
     unshare(new).during(|| "make namespaces")
 }
 
-fn join_namespaces(dir: &Path) -> Outcome<()> {
+/// Joins those of the container's init; gives its mount namespace, unjoined.
+fn join_namespaces(dir: &Path) -> Outcome<File> {
     let pid = fs::read_to_string(dir.join(format!("{INIT}.pid"))).during(|| "read init's pid")?;
-    let mut files = Vec::new();
-    // The mount namespace last: it takes /proc away.
-    for kind in ["ipc", "uts", "network", "cgroup", "pid", "mount"] {
-        let Some((flag, name)) = namespace(kind) else { continue };
+    let open = |name: &str| {
         let path = format!("/proc/{}/ns/{name}", pid.trim());
-        files.push((File::open(&path).during(|| format!("open {path}"))?, flag, path));
+        File::open(&path).during(|| format!("open {path}"))
+    };
+    let mounts = open("mnt")?;
+    for kind in ["ipc", "uts", "network", "cgroup", "pid"] {
+        let Some((flag, name)) = namespace(kind) else { continue };
+        setns(open(name)?, flag).during(|| format!("join the {kind} namespace"))?;
     }
-    for (file, flag, path) in files {
-        setns(file, flag).during(|| format!("join {path}"))?;
-    }
-    Ok(())
+    Ok(mounts)
 }
 
 /// In the namespaces: becomes the program, or reports why not and ends.
-fn child(spec: Spec, init: bool, start: File, mut report: File) -> ! {
-    let ready = settle(&spec, init);
+fn child(spec: Spec, mounts: Option<File>, start: File, mut report: File) -> ! {
+    let init = mounts.is_none();
+    let ready = settle(&spec, mounts);
     let program = match ready {
         Ok(program) => program,
         Err(e) => {
@@ -213,15 +221,18 @@ fn reap_until(child: Pid) -> ! {
 }
 
 /// Everything short of executing; returns the program's path.
-fn settle(spec: &Spec, init: bool) -> Outcome<PathBuf> {
+fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<PathBuf> {
     let process =
         spec.Process.as_ref().ok_or_else(|| Failure::invalid("no process in the spec"))?;
     let terminal = process.Terminal.then(|| fs::read_link("/proc/self/fd/0").ok()).flatten();
-    if init {
+    if let Some(mounts) = mounts {
+        setns(mounts, CloneFlags::CLONE_NEWNS).during(|| "join the mount namespace")?;
+    } else {
+        unshare(CloneFlags::CLONE_NEWNS).during(|| "make a mount namespace")?;
         if !spec.Hostname.is_empty() {
             sethostname(&spec.Hostname).during(|| "set the host name")?;
         }
-        mounts::enter(spec, terminal.as_deref())?;
+        super::mounts::enter(spec, terminal.as_deref())?;
         for (key, value) in spec.Linux.as_ref().map(|l| &l.Sysctl).into_iter().flatten() {
             let path = format!("/proc/sys/{}", key.replace('.', "/"));
             fs::write(&path, value).during(|| format!("set sysctl {key} to {value}"))?;

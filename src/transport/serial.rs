@@ -13,12 +13,14 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 
 use super::frame::{header, write_frame, Deframer, Kind, FILLER, HEADER, MAX_PAYLOAD};
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
@@ -97,16 +99,54 @@ pub fn socket(dir: &Path, port: usize) -> PathBuf {
 ///
 /// The result is one end of a socket pair; closing it ends the session. Works
 /// before the guest has booted: QEMU keeps the bytes until its driver is there.
+/// `patience` is how long one port is waited for before the next one is tried:
+/// QEMU's end of a port may be left hanging by a client that died.
 ///
 /// # Errors
 /// See [`Error`].
-pub fn open(dir: &Path, within: Duration) -> Result<UnixStream, Error> {
+pub fn open(dir: &Path, within: Duration, patience: Duration) -> Result<UnixStream, Error> {
     let deadline = Instant::now() + within;
-    let (lock, path) = take_port(dir, deadline, within)?;
-    let failed = |source| Error::Open { path: path.clone(), source };
-    let mut port = UnixStream::connect(&path).map_err(failed)?;
+    let mut silent = None;
+    loop {
+        let mut taken = 0;
+        for port in 0..AGENT_PORTS {
+            let Some(lock) = lock_port(dir, port)? else {
+                taken += 1;
+                continue;
+            };
+            let path = socket(dir, port);
+            let failed = |source| Error::Open { path: path.clone(), source };
+            let Some(stream) = connect_now(&path).map_err(failed)? else { continue };
+            let until = deadline.min(Instant::now() + patience);
+            match session(stream, lock, &path, until) {
+                Err(e @ Error::Silent { .. }) => silent = Some(e),
+                other => return other,
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(match silent {
+                Some(Error::Silent { path, .. }) => Error::Silent { path, after: within },
+                _ if taken == AGENT_PORTS => Error::Busy { dir: dir.to_path_buf(), after: within },
+                _ => Error::Silent { path: dir.to_path_buf(), after: within },
+            });
+        }
+        sleep(RETRY);
+    }
+}
+
+/// Starts a session on a connected port.
+fn session(
+    mut port: UnixStream,
+    lock: Flock<File>,
+    path: &Path,
+    deadline: Instant,
+) -> Result<UnixStream, Error> {
+    let failed = |source| Error::Open { path: path.to_path_buf(), source };
     let session = session_number().map_err(failed)?;
-    let rest = greet(&mut port, session, &path, deadline, within)?;
+    let rest = greet(&mut port, session, path, deadline)?;
     port.set_read_timeout(None).map_err(failed)?;
     port.set_write_timeout(None).map_err(failed)?;
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
@@ -117,31 +157,30 @@ pub fn open(dir: &Path, within: Duration) -> Result<UnixStream, Error> {
     Ok(theirs)
 }
 
-/// Locks the first free port.
-fn take_port(
-    dir: &Path,
-    deadline: Instant,
-    within: Duration,
-) -> Result<(Flock<File>, PathBuf), Error> {
-    loop {
-        for port in 0..AGENT_PORTS {
-            let path = dir.join(format!("agent.{port}.lock"));
-            let file = OpenOptions::new()
-                .create(true)
-                .append(true)
-                .mode(0o600)
-                .open(&path)
-                .map_err(|source| Error::Open { path: path.clone(), source })?;
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok((lock, socket(dir, port))),
-                Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
-                Err((_, e)) => return Err(Error::Open { path, source: e.into() }),
-            }
+/// Locks a port; `None` when another client has it.
+fn lock_port(dir: &Path, port: usize) -> Result<Option<Flock<File>>, Error> {
+    let path = dir.join(format!("agent.{port}.lock"));
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    let file = file.map_err(|source| Error::Open { path: path.clone(), source })?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, e)) => Err(Error::Open { path, source: e.into() }),
+    }
+}
+
+/// Connects without waiting; `None` when QEMU does not accept there now.
+fn connect_now(path: &Path) -> io::Result<Option<UnixStream>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => {
+            let stream = UnixStream::from(fd);
+            stream.set_nonblocking(false)?;
+            Ok(Some(stream))
         }
-        if Instant::now() >= deadline {
-            return Err(Error::Busy { dir: dir.to_path_buf(), after: within });
-        }
-        sleep(RETRY);
+        Err(nix::errno::Errno::EAGAIN) => Ok(None),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -163,8 +202,8 @@ fn greet(
     session: u64,
     path: &Path,
     deadline: Instant,
-    within: Duration,
 ) -> Result<Vec<u8>, Error> {
+    let within = deadline.saturating_duration_since(Instant::now());
     let silent = || Error::Silent { path: path.to_path_buf(), after: within };
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => silent(),

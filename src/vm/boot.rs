@@ -29,6 +29,8 @@ use crate::worker::Worker;
 
 /// Bytes of the guest's console that an error carries, the last ones.
 const KEPT_CONSOLE: usize = 2048;
+/// How long a QEMU that has gone silent may take to be dead of itself.
+const LAST_BREATH: Duration = Duration::from_millis(300);
 
 /// What a boot was waiting for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,7 +238,8 @@ impl Spawned {
     /// Ends it all and tells why.
     fn failed(mut self, phase: Phase, source: Source, console: &str) -> BootError {
         let after = self.clock.start.elapsed();
-        let died = !self.process.alive();
+        // A QEMU that dies closes its sockets first.
+        let died = self.process.wait(LAST_BREATH);
         self.process.kill();
         let mut words = match died {
             true => format!("QEMU ended by itself, {}", self.process.last_words()),
@@ -268,7 +271,7 @@ impl Connected {
         let console = Console::open(&self.spawned.dir);
         let address = Address::Serial(self.spawned.dir.path().to_path_buf());
         let clock = self.spawned.clock;
-        let agent = KataAgent::connect(&address, clock.left())
+        let agent = KataAgent::await_boot(&address, clock.left())
             .and_then(|agent| agent.check(clock.left()).map(|()| agent));
         let console = console.map(Console::close).unwrap_or_default();
         match agent {

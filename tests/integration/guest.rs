@@ -40,6 +40,8 @@ fn output(guest: &Guest, script: &str) -> String {
     text.trim().to_string()
 }
 
+const SHORT: Duration = Duration::from_millis(100);
+
 fn resources(memory: i64, pids: i64) -> LinuxResources {
     LinuxResources {
         Memory: Some(LinuxMemory { Limit: memory, ..Default::default() }).into(),
@@ -236,6 +238,16 @@ fn clock_random_files_network_and_details() {
     assert_nothing_left(&dir.0);
 }
 
+/// Connects, writes, and is gone; not at all when QEMU accepts nobody there.
+fn die_in_the_middle(port: &Path, bytes: &[u8]) {
+    use nix::sys::socket::{connect, socket, AddressFamily, SockFlag, SockType, UnixAddr};
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let address = UnixAddr::new(port).unwrap();
+    if connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address).is_ok() {
+        UnixStream::from(fd).write_all(bytes).unwrap();
+    }
+}
+
 #[test]
 fn four_clients_at_once_and_one_that_dies_in_the_middle() {
     let _prepared = require_qemu!();
@@ -257,14 +269,12 @@ fn four_clients_at_once_and_one_that_dies_in_the_middle() {
         }
     });
     // A fifth waits for a port, in vain, and says so.
-    let full = vmcache::transport::serial::open(vm.dir(), Duration::from_millis(200));
+    let full = vmcache::transport::serial::open(vm.dir(), Duration::from_millis(200), SHORT);
     assert!(full.unwrap_err().to_string().contains("all 4 agent connections"));
     drop(others);
 
     // Clients that die at any point of a frame, on a port that is then used again.
-    wait_for("a free port", || {
-        vmcache::transport::serial::open(vm.dir(), Duration::from_millis(50)).is_ok()
-    });
+    wait_for("a free port", || vmcache::transport::serial::open(vm.dir(), SHORT, SHORT).is_ok());
     let mut frame = Vec::new();
     vmcache::transport::frame::write_frame(
         &mut frame,
@@ -282,8 +292,7 @@ fn four_clients_at_once_and_one_that_dies_in_the_middle() {
     .unwrap();
     for cut in [1, 8, 15, 16, 20, 31, 40, 5000, frame.len()] {
         for port in 1..4 {
-            let mut stream = UnixStream::connect(socket(vm.dir(), port)).unwrap();
-            stream.write_all(&frame[..cut]).unwrap();
+            die_in_the_middle(&socket(vm.dir(), port), &frame[..cut]);
         }
         for _ in 0..3 {
             let agent = vm.connect_agent().unwrap();

@@ -16,7 +16,7 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
     for root in [&directory, &tar] {
         let root = root.to_str().unwrap();
         let script = "dpkg -l | grep -c ^ii; perl -e 'print 6*7, qq(\\n)'; \
-                      stat -c '%a %U' /usr/bin/passwd; ls -l /etc/mtab | grep -c /proc/mounts; \
+                      stat -c '%a %U' /usr/bin/passwd; readlink /bin; \
                       test \"$(stat -c %i /usr/bin/perl)\" = \"$(stat -c %i /usr/bin/perl5.36.0)\" \
                       && echo linked; cat /proc/1/comm > /dev/null && ls /dev/pts/ptmx";
         let out =
@@ -24,7 +24,7 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
         let lines = text(&out.stdout);
         let lines: Vec<&str> = lines.lines().collect();
         let expected = expected.to_string();
-        let want = [expected.as_str(), "42", "4755 root", "1", "linked", "/dev/pts/ptmx"];
+        let want = [expected.as_str(), "42", "4755 root", "usr/bin", "linked", "/dev/pts/ptmx"];
         assert_eq!(lines, want, "{root}: {}", text(&out.stderr));
         d.wait_ready(1);
     }

@@ -119,7 +119,7 @@ fn a_terminal_is_a_terminal_and_is_given_back() {
     let mut master = std::fs::File::from(pty.master);
     let mut seen = String::new();
     let mut chunk = [0; 1024];
-    while !seen.contains("77") {
+    while !seen.contains("77\r\n") {
         let n = master.read(&mut chunk).unwrap();
         seen.push_str(&text(&chunk[..n]));
     }
