@@ -9,10 +9,10 @@
 //!
 //! It speaks Kata's `grpc.AgentService` and `grpc.Health`. The binary has several
 //! lives, told apart by its arguments: PID 1, the first stage of a container
-//! ([`stage`]), `unpack` and `pack` of tar streams, and `--version`.
+//! (`stage`), `unpack` and `pack` of tar streams, and `--version`.
 //!
 //! Invariants: PID 1 never exits and never panics on a request; every child is
-//! reaped by one thread ([`reaper`]); what a request makes, `RemoveContainer`
+//! reaped by one thread (`reaper`); what a request makes, `RemoveContainer`
 //! or `DestroySandbox` takes away.
 //!
 //! Does not: trust the host less than a guest must (the host owns its memory),

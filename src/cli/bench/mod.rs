@@ -1,7 +1,7 @@
 //! `vmcache bench`: what this server takes, side by side in one run.
 //!
 //! Claims are measured in rounds that begin with a full pool and empty it, each
-//! with a Config call on the same connection before it: that call is the floor
+//! with a Config call on the same connection beside it: that call is the floor
 //! of any call here, and suffers alike from the boots that have begun.
 //! Every VM that is claimed is ended afterwards.
 
@@ -24,8 +24,6 @@ use crate::worker::Worker;
 use crate::workload::{Command, Guest};
 use samples::Samples;
 
-/// Config calls that are not counted, after each wait for the pool.
-const WARM_CALLS: usize = 20;
 /// Between two looks at a pool that is filling.
 const LOOK: Duration = Duration::from_millis(20);
 /// Longest wait for a full pool.
@@ -97,31 +95,41 @@ fn pause() {
     std::thread::sleep(LOOK);
 }
 
-/// Empties the pool again and again, a Config call before each claim.
+/// Empties the pool again and again, a Config call with each claim: now the one
+/// first, now the other, so that what a pause makes slow is shared evenly.
 fn claims(server: &GrpcCache, n: usize, m: &mut Measured) -> Result<(), Failure> {
+    let mut config_first = true;
     while m.claim.len() < n {
         let details = wait_full(server)?;
         let ready = details["pool"]["ready"].as_u64().unwrap_or(1) as usize;
-        // A connection that slept is slow at first, whatever it is asked.
-        for _ in 0..WARM_CALLS {
-            server.fetch_config_raw()?;
-        }
         let mut claimed = Vec::new();
         for _ in 0..ready.min(n - m.claim.len()) {
-            let start = Instant::now();
-            server.fetch_config_raw()?;
-            m.config.add(start.elapsed());
+            if config_first {
+                floor(server, m)?;
+            }
             let start = Instant::now();
             let message = server.claim_raw(Some(FULL))?;
             m.claim.add(start.elapsed());
             claimed.push(wire::from_wire(&message)?);
+            if !config_first {
+                floor(server, m)?;
+            }
         }
+        config_first = !config_first;
         let empty = Instant::now();
         let taken = claimed.len();
         drop(claimed);
         wait_full(server)?;
         m.refill.add(empty.elapsed() / taken as u32);
     }
+    Ok(())
+}
+
+/// A Config call: what any call on this connection takes.
+fn floor(server: &GrpcCache, m: &mut Measured) -> Result<(), Failure> {
+    let start = Instant::now();
+    server.fetch_config_raw()?;
+    m.config.add(start.elapsed());
     Ok(())
 }
 

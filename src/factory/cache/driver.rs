@@ -152,6 +152,7 @@ impl Driver {
                 return;
             }
             self.next_job += 1;
+            self.policy.started();
             self.booting.insert(number, Booting { since: now, qemu: None });
         }
     }

@@ -4,6 +4,10 @@
 //! A failed boot costs time, not the pool: each failure doubles the pause
 //! before the next try, with jitter, and until one succeeds again only one is
 //! tried at a time.
+//!
+//! After a claim, refilling holds its breath for a moment: a burst of claims,
+//! and the first use of the VM just claimed, shall not compete with the start
+//! of a QEMU. Claims in line are never made to wait for that.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +15,11 @@ use std::time::{Duration, Instant};
 pub const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// After a claim, until refilling begins.
+pub const CALM: Duration = Duration::from_millis(10);
+/// The most by which claims that keep coming can put refilling off.
+pub const LONGEST_CALM: Duration = Duration::from_millis(100);
 
 /// How things are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,13 +40,15 @@ pub struct Policy {
     failures: u32,
     not_before: Option<Instant>,
     last_failure: Option<Instant>,
+    /// The first claim since refilling last began, and until when it holds off.
+    calm: Option<(Instant, Instant)>,
 }
 
 impl Policy {
     /// Keeps `target` VMs ready, makes at most `parallel` at a time.
     pub fn new(target: usize, parallel: usize) -> Policy {
         let parallel = parallel.max(1);
-        Policy { target, parallel, failures: 0, not_before: None, last_failure: None }
+        Policy { target, parallel, failures: 0, not_before: None, last_failure: None, calm: None }
     }
 
     /// VMs to keep ready.
@@ -47,7 +58,7 @@ impl Policy {
 
     /// Boots to start now.
     pub fn to_start(&self, view: View, now: Instant) -> usize {
-        if self.not_before.is_some_and(|t| now < t) {
+        if self.not_before.is_some_and(|t| now < t) || self.calm_until(view, now).is_some() {
             return 0;
         }
         let parallel = if self.failures > 0 { 1 } else { self.parallel };
@@ -58,7 +69,23 @@ impl Policy {
     /// When to ask again, if nothing else happens.
     pub fn wake_at(&self, view: View, now: Instant) -> Option<Instant> {
         let missing = self.target + view.waiting > view.ready + view.booting;
-        self.not_before.filter(|t| missing && *t > now)
+        let paused = self.not_before.filter(|t| *t > now);
+        paused.max(self.calm_until(view, now)).filter(|_| missing)
+    }
+
+    /// A VM of the pool went to a claim.
+    pub fn claimed(&mut self, now: Instant) {
+        let first = self.calm.map_or(now, |(first, _)| first);
+        self.calm = Some((first, (now + CALM).min(first + LONGEST_CALM)));
+    }
+
+    /// Boots have been started.
+    pub fn started(&mut self) {
+        self.calm = None;
+    }
+
+    fn calm_until(&self, view: View, now: Instant) -> Option<Instant> {
+        self.calm.map(|(_, until)| until).filter(|until| view.waiting == 0 && *until > now)
     }
 
     /// A boot that started at `started` failed; `jitter` is 0 to 1. The pause
@@ -127,6 +154,28 @@ mod tests {
         assert_eq!(last, LONGEST_PAUSE);
         p.succeeded();
         assert_eq!(p.to_start(view(0, 0, 0), now), 4);
+    }
+
+    #[test]
+    fn refilling_waits_for_a_calm_moment_but_not_for_ever() {
+        let start = Instant::now();
+        let mut p = Policy::new(4, 2);
+        p.claimed(start);
+        assert_eq!(p.to_start(view(3, 0, 0), start), 0);
+        assert_eq!(p.wake_at(view(3, 0, 0), start), Some(start + CALM));
+        assert_eq!(p.to_start(view(0, 0, 1), start), 2, "a claim in line waits for nothing");
+        let mut now = start;
+        for _ in 0..30 {
+            now += Duration::from_millis(5);
+            p.claimed(now);
+            if p.to_start(view(0, 0, 0), now) > 0 {
+                break;
+            }
+        }
+        assert_eq!(now, start + LONGEST_CALM);
+        p.started();
+        p.claimed(now);
+        assert_eq!(p.to_start(view(0, 0, 0), now), 0, "a new calm begins");
     }
 
     #[test]

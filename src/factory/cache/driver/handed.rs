@@ -1,6 +1,7 @@
 //! VMs that leave, and what becomes of them: delivered, leased, ended.
 
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use super::{Driver, Handed, Watched, KILL};
 use crate::hypervisor::qemu::process::reap;
@@ -19,6 +20,7 @@ impl Driver {
                 false => counters.claims_from_pool += 1,
             }
         }
+        self.policy.claimed(Instant::now());
         log::info!(
             "vm-claimed: VM {} (QEMU pid {pid}) went to pid {} of uid {}{}",
             vm.id(),
