@@ -22,13 +22,14 @@ impl Log for Stderr {
         if !ours(record.metadata()) {
             return;
         }
-        let mut err = io::stderr().lock();
-        // A closed stderr is no reason to stop.
-        let _ = if self.server {
-            writeln!(err, "{:<5} {}", record.level(), record.args())
+        // One write a line: whole lines in the file, and quick.
+        let line = if self.server {
+            format!("{:<5} {}\n", record.level(), record.args())
         } else {
-            writeln!(err, "vmcache: {}: {}", record.level().as_str().to_lowercase(), record.args())
+            format!("vmcache: {}: {}\n", record.level().as_str().to_lowercase(), record.args())
         };
+        // A closed stderr is no reason to stop.
+        let _ = io::stderr().lock().write_all(line.as_bytes());
     }
 
     fn flush(&self) {}

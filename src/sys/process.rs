@@ -144,3 +144,10 @@ pub fn random(buffer: &mut [u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Lets the calling thread stand back behind others that want the processor
+/// (0, as they all are, to 19).
+pub fn stand_back(nice: i32) {
+    // SAFETY: integers only; 0 means the calling thread. A refusal changes nothing.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+}

@@ -22,7 +22,7 @@ use super::pool::{Ends, Event, Job, Pool, Ready};
 use super::watch::Watch;
 use crate::config::Config;
 use crate::report::chain;
-use crate::sys::process::{pidfd_kill, random};
+use crate::sys::process::{pidfd_kill, random, stand_back};
 use crate::vm::boot::{boot, BootError, Purpose};
 use crate::vm::ledger::{ClaimNote, State};
 use crate::vm::wire;
@@ -34,6 +34,8 @@ const DELIVERY: Duration = Duration::from_secs(3);
 const WORKERS: Duration = Duration::from_secs(15);
 /// How often, while claims wait, their clients are looked after.
 const LOOK: Duration = Duration::from_millis(500);
+/// The driver's nice value.
+const NICE: i32 = 10;
 /// SIGKILL.
 const KILL: i32 = 9;
 
@@ -115,6 +117,9 @@ impl Driver {
 
     /// Runs until it is told to stop, and cleans up; why it stopped.
     pub fn run(mut self) -> String {
+        // What it does after a claim can wait; the client that has just been
+        // answered, perhaps on the same processor, can not.
+        stand_back(NICE);
         loop {
             self.start_boots();
             let alarm = self.policy.wake_at(self.view(), Instant::now()).map_or_else(never, at);
