@@ -336,6 +336,8 @@ fn find(process: &Process) -> Outcome<PathBuf> {
 fn finish(program: &Path, process: &Process) -> ! {
     // Rust ignores it, and what is ignored stays so across exec.
     default_sigpipe();
+    // The agent blocks signals, and what is blocked stays so, too.
+    let _ = SigSet::empty().thread_set_mask();
     let _ = setsid();
     if process.Terminal {
         let _ = set_controlling(std::io::stdin().as_fd());

@@ -98,11 +98,13 @@ pub fn serve(config: Config) -> Result<(), Error> {
     let endpoint = config.endpoint();
     let lock = Lock::take(&endpoint).map_err(Error::Listen)?;
     let store = config.store();
-    sweep::sweep(&store, &endpoint).map_err(|source| Error::Store { path: store, source })?;
 
     let config = Arc::new(config);
     let (pool, ends) = Pool::new();
-    let driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
+    let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
+    let handed = sweep::sweep(&store, &endpoint);
+    let handed = handed.map_err(|source| Error::Store { path: store, source })?;
+    handed.into_iter().for_each(|vm| driver.inherit(vm));
     let peers = Peers::default();
     let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
     let arguments = ChannelBuilder::new(Arc::clone(&environment))

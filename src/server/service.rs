@@ -23,7 +23,7 @@ use grpcio::{
 use super::listener::{Peer, Peers};
 use crate::config::Config;
 use crate::factory::cache::claim::{Answer, Place};
-use crate::factory::cache::pool::{Event, Pool, Ready};
+use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
 use crate::factory::grpccache::LEASE_HEADER;
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig, GrpcVMStatus};
 use crate::proto::control::StatusReply;
@@ -158,6 +158,9 @@ fn claim(ctx: &RpcContext<'_>, call: Call, pool: &Arc<Pool>, peers: &Peers) {
     let pool = Arc::clone(pool);
     match pool.take() {
         Some(ready) => ctx.spawn(async move { deliver(call, ready, owner, &pool, false).await }),
+        None if pool.closing() => {
+            ctx.spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await });
+        }
         None => {
             let place = pool.stand_in_line();
             ctx.spawn(async move { wait(call, &place, owner, &pool).await });
@@ -209,10 +212,9 @@ async fn deliver(call: Call, ready: Box<Ready>, owner: Owner, pool: &Pool, waite
         }
     };
     drop(client);
-    let vm = Box::new(vm);
     pool.tell(match sent {
-        Ok(()) => Event::Delivered { vm, owner, waited },
-        Err(why) => Event::Undelivered { vm, why },
+        Ok(()) => Event::Delivered { vm: Delivered::new(vm, owner), waited },
+        Err(why) => Event::Undelivered { vm: Box::new(vm), why },
     });
 }
 

@@ -1,47 +1,131 @@
-//! What a server that was killed left behind, cleaned up by the next one.
+//! What a server that was killed left behind, put in order by the next one.
 //!
-//! VMs of this endpoint that were never handed out are killed and their
-//! directories removed; so are directories whose QEMU is gone. VMs that were
-//! handed out, and other endpoints' VMs, are not touched.
+//! Of this endpoint's VMs, those that a client has are given back, so that the
+//! new server follows them as the old one did: they end with the process that
+//! leases them, and their directories go when they end. All others (never
+//! handed out, or handed to a process that is gone before it can have used
+//! them) are killed and their directories removed. Of other owners' VMs, only
+//! directories of client-booted ones whose QEMU is gone are removed.
+//!
+//! Does not: put VMs that were ready into the new pool.
 
-use std::fs::DirBuilder;
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use crate::hypervisor::qemu::process::Process;
+use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
-use crate::vm::ledger::{Ledger, State};
+use crate::vm::ledger::{Ledger, Owner, State};
+use crate::vm::{wire, Vm};
 
-/// Makes the store when it is missing, and sweeps it.
+/// Makes the store when it is missing, and sweeps it; the VMs that clients have.
 ///
 /// # Errors
 /// When the store can not be made or written.
-pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<()> {
+pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
     DirBuilder::new().recursive(true).mode(0o700).create(store)?;
     nix::unistd::access(store, nix::unistd::AccessFlags::W_OK)?;
     let own = endpoint.display().to_string();
+    let mut kept = Vec::new();
     for (path, ledger) in Ledger::all(store) {
-        if ledger.endpoint != own {
-            continue;
-        }
-        let qemu = Process::adopt(ledger.pid, ledger.start_time).ok();
-        let qemu = qemu.filter(Process::alive);
-        match (ledger.state, qemu) {
-            (State::Handed, Some(qemu)) => qemu.let_go(),
-            (state, qemu) => {
-                log::warn!(
-                    "swept: VM {} ({}, QEMU pid {}{}) was left by a server that was killed",
-                    ledger.id,
-                    state.name(),
-                    ledger.pid,
-                    if qemu.is_some() { "" } else { ", dead" }
-                );
-                // QEMU first, then its directory.
-                drop(qemu);
-                drop(VmDir::adopt(&path));
-            }
+        let dead = !Process::adopt(ledger.pid, ledger.start_time).is_ok_and(|qemu| {
+            let alive = qemu.alive();
+            qemu.let_go();
+            alive
+        });
+        if ledger.endpoint == own {
+            kept.extend(settle(&path, ledger, dead));
+        } else if ledger.endpoint.is_empty() && ledger.pid != 0 && dead {
+            log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
+            drop(VmDir::adopt(&path));
         }
     }
-    Ok(())
+    Ok(kept)
+}
+
+fn runs(owner: &Owner) -> bool {
+    start_time(owner.pid) == Some(owner.start_time)
+}
+
+/// The VM when a client has it; otherwise nothing of it stays.
+fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
+    let claimed = match (ledger.state, &ledger.owner) {
+        (State::Handed, Some(owner)) if owner.lease => runs(owner),
+        (State::Handed, _) => true,
+        // Its answer may have arrived; who is gone has no more use for it.
+        (State::Handing, Some(owner)) => runs(owner),
+        _ => false,
+    };
+    let id = ledger.id.clone();
+    if claimed && !dead {
+        if let Ok(mut vm) = wire::from_directory(path, ledger) {
+            log::info!("kept: VM {id} (QEMU pid {}) is a client's", vm.pid());
+            if vm.ledger().state != State::Handed {
+                if let Err(e) = vm.record(|l| l.state = State::Handed) {
+                    log::warn!("record that VM {id} was handed out: {e}");
+                }
+            }
+            return Some(vm);
+        }
+        drop(VmDir::adopt(path));
+        return None;
+    }
+    log::warn!(
+        "swept: VM {id} ({}, QEMU pid {}{}) was left by a server that was killed",
+        ledger.state.name(),
+        ledger.pid,
+        if dead { ", dead" } else { "" }
+    );
+    // QEMU first, then its directory.
+    match ledger.pid {
+        0 => drop(unrecorded(&id)),
+        pid => drop(Process::adopt(pid, ledger.start_time)),
+    }
+    drop(VmDir::adopt(path));
+    None
+}
+
+/// The QEMU of a server that was killed between starting it and writing its pid
+/// down: known by its name, which only one process has.
+fn unrecorded(id: &str) -> Option<Process> {
+    let name = format!("sandbox-{id}");
+    let named = |line: &[u8]| {
+        let mut words = line.split(|b| *b == 0).skip_while(|w| *w != b"-name");
+        words.nth(1).is_some_and(|w| w.split(|b| *b == b',').next() == Some(name.as_bytes()))
+    };
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        let started = start_time(pid)?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        named(&line).then(|| Process::adopt(pid, started).ok()).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process that stands in for QEMU: found, killed and reaped by its name.
+    #[test]
+    #[allow(clippy::disallowed_methods)] // No VM is needed to be named like one.
+    fn a_qemu_whose_pid_was_never_written_is_found_by_its_name() {
+        let id = format!("sweep-test-{}", std::process::id());
+        let script = "sleep 60; :";
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", script, "-name", &format!("sandbox-{id},debug-threads=on")])
+            .spawn()
+            .unwrap();
+        // Until the child has executed its program, it looks like this test.
+        let found = (0..100).find_map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            unrecorded(&id)
+        });
+        assert!(unrecorded("sweep-test").is_none());
+        let found = found.unwrap();
+        assert_eq!(found.pid(), child.id() as i32);
+        drop(found);
+        assert!(!child.wait().unwrap().success());
+    }
 }

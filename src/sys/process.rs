@@ -97,16 +97,18 @@ pub fn ticks_per_second() -> u64 {
 }
 
 /// Gives a child a session of its own and no fd of ours but 0 to 2 and `keep`;
-/// with `leased`, it is killed when the thread that starts it ends.
+/// with `leased`, it is killed when the thread that starts it ends. It blocks no
+/// signal, whatever the thread that starts it blocks.
 #[cfg(feature = "host")]
 pub fn own_session(command: &mut std::process::Command, keep: BorrowedFd<'_>, leased: bool) {
     use std::os::unix::process::CommandExt;
     let keep = keep.as_raw_fd();
-    // SAFETY: setsid, prctl, close_range and fcntl are async-signal-safe system calls
+    // SAFETY: setsid, sigprocmask, prctl, close_range and fcntl are async-signal-safe
     // and nothing here allocates.
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
+            nix::sys::signal::SigSet::empty().thread_set_mask()?;
             if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());
             }

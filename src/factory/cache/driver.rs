@@ -25,7 +25,7 @@ use crate::report::chain;
 use crate::sys::process::{pidfd_kill, random, stand_back};
 use crate::vm::boot::{boot, BootError, Purpose};
 use crate::vm::ledger::{ClaimNote, State};
-use crate::vm::wire;
+use crate::vm::{wire, Vm};
 use crate::worker::{self, Worker};
 
 /// How long a stopping driver waits for answers that are on their way to clients.
@@ -59,6 +59,8 @@ struct Handed {
     pidfd: OwnedFd,
     dir: PathBuf,
     id: String,
+    /// The watch on its owner, when it is leased.
+    lease: Option<u64>,
 }
 
 /// The driver's state; lives on its thread.
@@ -121,8 +123,10 @@ impl Driver {
         // answered, perhaps on the same processor, can not.
         stand_back(NICE);
         loop {
-            self.start_boots();
-            let alarm = self.policy.wake_at(self.view(), Instant::now()).map_or_else(never, at);
+            // One moment for both: a pause that ends between them would find no alarm.
+            let now = Instant::now();
+            self.start_boots(now);
+            let alarm = self.policy.wake_at(self.view(), now).map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
                 recv(self.ends.events) -> event => event.ok(),
@@ -145,11 +149,12 @@ impl Driver {
     }
 
     fn view(&self) -> View {
-        View { ready: self.pool.ready.len(), booting: self.booting.len(), waiting: self.line.len() }
+        // What is in hands may come back, and an event tells when it does not.
+        let ready = self.pool.ready.len() + self.pool.in_hands();
+        View { ready, booting: self.booting.len(), waiting: self.line.len() }
     }
 
-    fn start_boots(&mut self) {
-        let now = Instant::now();
+    fn start_boots(&mut self, now: Instant) {
         let Some(jobs) = &self.jobs else { return };
         for _ in 0..self.policy.to_start(self.view(), now) {
             let number = self.next_job;
@@ -168,7 +173,7 @@ impl Driver {
             Event::Gone(place) => self.gone(&place),
             Event::Returned(ready) => self.returned(ready),
             Event::Dead(ready) => self.died(*ready),
-            Event::Delivered { vm, owner, waited } => self.delivered(*vm, owner, waited),
+            Event::Delivered { vm, waited } => self.delivered(vm, waited),
             Event::Undelivered { vm, why } => self.undelivered(*vm, &why),
             Event::Started { job, pid, id, pidfd } => self.started(job, pid, id, pidfd),
             Event::Booted { job, result } => self.booted(job, result),
@@ -220,13 +225,7 @@ impl Driver {
         self.policy.succeeded();
         let vm = &ready.vm;
         let pid = vm.pid();
-        match vm.watch().and_then(|fd| self.watch.add(fd)) {
-            Ok(token) => {
-                self.watched.insert(token, Watched::Qemu(pid));
-                self.tokens.insert(pid, token);
-            }
-            Err(e) => log::warn!("watch VM {}: {e}", vm.id()),
-        }
+        self.watch_qemu(vm);
         let seen = Seen {
             id: vm.id().to_string(),
             state: State::Ready,
@@ -248,6 +247,17 @@ impl Driver {
             self.policy.target()
         );
         self.publish(ready);
+    }
+
+    /// Has the watch tell of the end of its QEMU.
+    fn watch_qemu(&mut self, vm: &Vm) {
+        match vm.watch().and_then(|fd| self.watch.add(fd)) {
+            Ok(token) => {
+                self.watched.insert(token, Watched::Qemu(vm.pid()));
+                self.tokens.insert(vm.pid(), token);
+            }
+            Err(e) => log::warn!("watch VM {}: {e}", vm.id()),
+        }
     }
 
     fn ended(&mut self, token: u64) {

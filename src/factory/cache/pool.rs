@@ -15,7 +15,7 @@ use super::claim::Place;
 use crate::config::MAX_POOL;
 use crate::proto::cache::GrpcVM;
 use crate::vm::boot::BootError;
-use crate::vm::ledger::{ClaimNote, Owner};
+use crate::vm::ledger::{ClaimNote, Owner, State};
 use crate::vm::Vm;
 
 /// Events that may lie before the driver: each of its sources (handlers,
@@ -44,7 +44,7 @@ pub enum Event {
     /// A handler found this VM dead as it took it.
     Dead(Box<Ready>),
     /// The client has the VM; `waited` when it had stood in line for it.
-    Delivered { vm: Box<Vm>, owner: Owner, waited: bool },
+    Delivered { vm: Delivered, waited: bool },
     /// The client may or may not have it: it must be destroyed.
     Undelivered { vm: Box<Vm>, why: String },
     /// A worker started QEMU.
@@ -55,6 +55,48 @@ pub enum Event {
     Ended(u64),
     /// Stop: hand nothing out any more, clean up.
     Stop { why: String },
+}
+
+/// A VM that its client has. It is the client's whatever becomes of this: when
+/// nobody takes the VM out, since the driver has ended, dropping this records
+/// whose it is and leaves it running.
+pub struct Delivered {
+    vm: Option<Box<Vm>>,
+    owner: Owner,
+}
+
+impl Delivered {
+    /// `owner` has this VM.
+    pub fn new(vm: Vm, owner: Owner) -> Delivered {
+        Delivered { vm: Some(Box::new(vm)), owner }
+    }
+
+    /// The VM and who has it, recorded; whoever takes it must let it go.
+    pub fn take(mut self) -> Option<(Vm, Owner)> {
+        self.vm.take().map(|vm| (recorded(*vm, self.owner), self.owner))
+    }
+}
+
+impl Drop for Delivered {
+    fn drop(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            recorded(*vm, self.owner).let_go();
+        }
+    }
+}
+
+/// Writes down whose it is. Nothing depends on that when it can not be written:
+/// its owner may have ended it and removed the directory already, and the claim
+/// note names the owner as well.
+fn recorded(mut vm: Vm, owner: Owner) -> Vm {
+    let written = vm.record(|l| {
+        l.state = State::Handed;
+        l.owner = Some(owner);
+    });
+    if let Err(e) = written {
+        log::debug!("record that VM {} was handed out: {e}", vm.id());
+    }
+    vm
 }
 
 /// The handlers' side of the pool.
@@ -102,8 +144,13 @@ impl Pool {
             if self.waiting.load(Ordering::SeqCst) > 0 {
                 return None;
             }
-            // Counted first: a driver that stops must not miss a VM in hand.
+            // Counted first, and asked after: a driver that stops must not miss a
+            // VM in hand.
             self.into_hands();
+            if self.closing() {
+                self.out_of_hands();
+                return None;
+            }
             let Ok(ready) = self.ready.try_recv() else {
                 self.out_of_hands();
                 return None;
@@ -144,8 +191,8 @@ impl Pool {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Tells the driver; an event after its end is dropped, and what it holds
-    /// destroyed with it.
+    /// Tells the driver; an event after its end is dropped, and with it the VM
+    /// that it holds is destroyed, unless a client has it.
     pub fn tell(&self, event: Event) {
         let _ = self.events.send(event);
     }

@@ -80,9 +80,17 @@ impl Process {
         command.args(args).env_clear().current_dir("/").stdin(Stdio::null());
         command.stdout(theirs.try_clone().map_err(failed)?).stderr(Stdio::from(theirs));
         own_session(&mut command, monitor, leased);
-        let child = command.spawn().map_err(failed)?;
+        let mut child = command.spawn().map_err(failed)?;
         let pid = child.id() as i32;
-        let pidfd = pidfd_open(pid).map_err(failed)?;
+        let pidfd = match pidfd_open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(e) => {
+                // Not reaped yet, so the pid is still its own.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(failed(e));
+            }
+        };
         let start_time = start_time(pid).unwrap_or(0);
         Ok(Process { pid, start_time, pidfd, output: Some(output), child: true, let_go: false })
     }

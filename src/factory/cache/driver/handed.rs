@@ -3,6 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use super::super::board::Seen;
+use super::super::pool::Delivered;
 use super::{Driver, Handed, Watched, KILL};
 use crate::hypervisor::qemu::process::reap;
 use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, start_time};
@@ -10,9 +12,9 @@ use crate::vm::ledger::{Owner, State};
 use crate::vm::Vm;
 
 impl Driver {
-    pub(super) fn delivered(&mut self, mut vm: Vm, owner: Owner, waited: bool) {
+    pub(super) fn delivered(&mut self, vm: Delivered, waited: bool) {
         self.pool.out_of_hands();
-        let pid = vm.pid();
+        let Some((vm, owner)) = vm.take() else { return };
         {
             let counters = &mut self.pool.board.facts().counters;
             match waited {
@@ -22,19 +24,38 @@ impl Driver {
         }
         self.policy.claimed(Instant::now());
         log::info!(
-            "vm-claimed: VM {} (QEMU pid {pid}) went to pid {} of uid {}{}",
+            "vm-claimed: VM {} (QEMU pid {}) went to pid {} of uid {}{}",
             vm.id(),
+            vm.pid(),
             owner.pid,
             owner.uid,
             if owner.lease { ", for as long as it lives" } else { "" }
         );
-        if let Err(e) = vm.record(|l| {
-            l.state = State::Handed;
-            l.owner = Some(owner);
-        }) {
-            // Its owner may have ended it and removed the directory already.
-            log::debug!("record that VM {} was handed out: {e}", vm.id());
-        }
+        self.follow(vm, Some(owner));
+    }
+
+    /// Follows a VM that a server before this one handed out.
+    ///
+    /// Call it before [`Driver::run`].
+    pub fn inherit(&mut self, vm: Vm) {
+        self.watch_qemu(&vm);
+        let seen = Seen {
+            id: vm.id().to_string(),
+            state: State::Handed,
+            source: vm.source().to_string(),
+            cpus: vm.cpus(),
+            memory_mib: vm.memory_mib(),
+            since: Instant::now(),
+        };
+        self.pool.board.facts().vms.insert(vm.pid(), seen);
+        let owner = vm.ledger().owner;
+        self.follow(vm, owner);
+    }
+
+    /// A VM that is its owner's: when it ends, no zombie and no directory stays,
+    /// and when it is leased, it ends with its owner.
+    fn follow(&mut self, vm: Vm, owner: Option<Owner>) {
+        let pid = vm.pid();
         let pidfd = match vm.watch() {
             Ok(pidfd) => pidfd,
             Err(e) => {
@@ -43,32 +64,31 @@ impl Driver {
                 return vm.let_go();
             }
         };
-        let handed = Handed { pidfd, dir: vm.dir().to_path_buf(), id: vm.id().to_string() };
+        let (dir, id) = (vm.dir().to_path_buf(), vm.id().to_string());
         let alive = vm.alive();
         vm.let_go();
-        self.handed.insert(pid, handed);
+        self.handed.insert(pid, Handed { pidfd, dir, id, lease: None });
         if !alive {
             return self.handed_ended(pid);
         }
         if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
             seen.state = State::Handed;
         }
-        if owner.lease {
+        if let Some(owner) = owner.filter(|o| o.lease) {
             self.lease(pid, owner);
         }
     }
 
     /// Watches the process that leases a VM.
-    pub(super) fn lease(&mut self, pid: i32, owner: Owner) {
+    fn lease(&mut self, pid: i32, owner: Owner) {
         let watched = pidfd_open(owner.pid)
             .ok()
             .filter(|_| start_time(owner.pid) == Some(owner.start_time))
             .and_then(|fd| self.watch.add(fd).ok());
-        match watched {
-            Some(token) => {
-                self.watched.insert(token, Watched::Owner(pid));
-            }
-            None => self.end_lease(pid),
+        let Some(token) = watched else { return self.end_lease(pid) };
+        self.watched.insert(token, Watched::Owner(pid));
+        if let Some(handed) = self.handed.get_mut(&pid) {
+            handed.lease = Some(token);
         }
     }
 
@@ -96,6 +116,10 @@ impl Driver {
     pub(super) fn handed_ended(&mut self, pid: i32) {
         self.forget(pid);
         if let Some(handed) = self.handed.remove(&pid) {
+            if let Some(token) = handed.lease {
+                self.watch.remove(token);
+                self.watched.remove(&token);
+            }
             reap(handed.pidfd.as_fd());
             drop(crate::vm::dir::VmDir::adopt(&handed.dir));
             log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.id);
