@@ -27,6 +27,12 @@ fn store(common: &Common) -> Result<PathBuf, Failure> {
     })
 }
 
+/// Whether it is a client's. One that is being handed out is, too: who knows its
+/// id has its answer, which arrives before the server has put that down.
+fn claimed(ledger: &Ledger) -> bool {
+    matches!(ledger.state, State::Handed | State::Handing) || ledger.endpoint.is_empty()
+}
+
 /// The one VM whose id begins so.
 pub fn find_ledger(common: &Common, id: &str) -> Result<(PathBuf, Ledger), Failure> {
     let store = store(common)?;
@@ -38,7 +44,7 @@ pub fn find_ledger(common: &Common, id: &str) -> Result<(PathBuf, Ledger), Failu
         0 => format!("no VM {id:?} in {}: `vmcache list` shows those there are", store.display()),
         1 => {
             let (path, ledger) = found.remove(0);
-            if ledger.state == State::Handed || ledger.endpoint.is_empty() {
+            if claimed(&ledger) {
                 return Ok((path, ledger));
             }
             format!(
@@ -170,7 +176,7 @@ pub fn list(common: &Common, j: Json) -> Outcome {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut vms: Vec<Value> = Vec::new();
     for (_, l) in Ledger::all(&store(common)?) {
-        if l.state != State::Handed && !l.endpoint.is_empty() {
+        if !claimed(&l) {
             continue;
         }
         let alive = start_time(l.pid) == Some(l.start_time) && state(l.pid) != Some('Z');

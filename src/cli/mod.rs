@@ -15,6 +15,7 @@ mod progress;
 mod run;
 mod session;
 mod status;
+mod terminal;
 
 use std::path::PathBuf;
 

@@ -14,7 +14,8 @@ use super::args::{Common, Exec, Get, Process, Run};
 use super::claimed::find_vm;
 use super::output::{Failure, IN_VMCACHE, USAGE};
 use super::progress::Progress;
-use super::session::{Session, Terminal};
+use super::session::Session;
+use super::terminal::Terminal;
 use super::{connect, own_config, Outcome};
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::vm::VmConfig;
@@ -22,11 +23,13 @@ use crate::workload::{send_root, Command, Guest};
 
 /// Claims a VM, wakes it, prints it, and leaves it to the caller.
 pub fn get(common: &Common, g: &Get) -> Outcome {
+    let session = Session::start()?;
     let server = connect(common)?;
     let own = own_config(common)?;
     let wanted = Wanted { within: Some(Duration::from_secs(g.wait)), ..Wanted::default() };
     let progress = Progress::start("waiting for a VM");
-    let obtained = Factory::new(&server, own.as_ref()).get_vm(&wanted)?;
+    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let obtained = Factory::new(&server, own.as_ref()).born(&born).get_vm(&wanted)?;
     drop(progress);
     let Obtained { vm, agent, fallback } = obtained;
     drop(agent);
@@ -35,6 +38,8 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
         "agent_url": vm.agent_address().to_string(), "source": vm.source(),
         "cpus": vm.cpus(), "memory_mib": vm.memory_mib(), "fallback": fallback,
     });
+    // Before its id is out: whoever reads that may own it at once.
+    session.release();
     if g.json.json {
         println!("{shown}");
     } else {
@@ -81,7 +86,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         Wanted { cpus: r.cpus, memory_mib: r.memory, within: Some(Duration::from_secs(r.wait)) };
     let guest: Guest = match r.cold {
         true => cold(common, r, &wanted, &session)?,
-        false => claim(common, r, &wanted)?,
+        false => claim(common, r, &wanted, &session)?,
     };
     if let Some(why) = guest.fallback() {
         eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
@@ -96,15 +101,18 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         }
         None => guest.spawn(&command)?,
     };
-    let code = session.attach(&running, terminal, timeout)?;
+    let ended = session.attach(&running, terminal, timeout)?;
     if r.keep {
-        let _ = guest.remove(crate::workload::MAIN);
+        session.release();
+        if ended.known {
+            let _ = guest.remove(crate::workload::MAIN);
+        }
         eprintln!("{}", guest.vm().id());
         guest.keep().let_go();
     } else {
         guest.stop();
     }
-    Ok(code)
+    Ok(ended.code)
 }
 
 fn check_root(root: &Path) -> Result<(), Failure> {
@@ -113,12 +121,14 @@ fn check_root(root: &Path) -> Result<(), Failure> {
         .map_err(|e| Failure::new(USAGE, format!("--rootfs {}: {e}", root.display())))
 }
 
-fn claim(common: &Common, r: &Run, wanted: &Wanted) -> Result<Guest, Failure> {
+fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<Guest, Failure> {
     let server = connect(common)?;
     let server = if r.keep { server } else { server.leasing() };
     let own = own_config(common)?;
     let _progress = Progress::start("waiting for a VM");
-    Ok(Factory::new(&server, own.as_ref()).get_vm(wanted)?.into())
+    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let factory = Factory::new(&server, own.as_ref()).leased(!r.keep).born(&born);
+    Ok(factory.get_vm(wanted)?.into())
 }
 
 /// Boots a VM for this command alone.
@@ -127,12 +137,8 @@ fn cold(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<
     config.check_files()?;
     log::debug!("booting {} CPUs, {} MiB", VmConfig::of(&config).cpus(), config.memory());
     let _progress = Progress::start("booting a VM");
-    let mut started = |_: &str, process: &crate::hypervisor::qemu::process::Process| {
-        if let Ok(pidfd) = process.watch() {
-            session.booting(pidfd);
-        }
-    };
-    let (vm, agent) = direct::cold_watched(&config, wanted, !r.keep, &mut started)?;
+    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let (vm, agent) = direct::cold(&config, wanted, !r.keep, &born)?;
     Ok(Guest::new(vm, agent))
 }
 
@@ -152,11 +158,11 @@ pub fn exec(common: &Common, e: &Exec) -> Outcome {
     let guest = Guest::new(vm, agent);
     let timeout = e.process.timeout.map(Duration::from_secs);
     let result = guest.exec(&command).map_err(Failure::from).and_then(|running| {
-        let code = session.attach(&running, terminal, timeout);
-        if running.id().exec.is_empty() {
+        let ended = session.attach(&running, terminal, timeout);
+        if running.id().exec.is_empty() && ended.as_ref().is_ok_and(|e| e.known) {
             let _ = guest.remove(&running.id().container);
         }
-        code
+        ended.map(|e| e.code)
     });
     // Claimed by somebody who keeps it.
     guest.keep().let_go();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{BaseFactory, Error, VmStatus, Wanted};
+use super::{BaseFactory, Born, Error, VmStatus, Wanted};
 use crate::agent::kata::KataAgent;
 use crate::config::Config;
 use crate::hypervisor::qemu::process::Process;
@@ -40,29 +40,27 @@ impl BaseFactory for Direct {
     }
 }
 
-/// A VM booted for this one use, of just the size asked for, awake.
+/// A VM booted for this one use, of just the size asked for, awake. With
+/// `leased`, the kernel ends its QEMU when the calling thread ends.
 ///
 /// # Errors
 /// [`Error::Boot`] or [`Error::Vm`].
-pub fn cold(config: &Config, wanted: &Wanted) -> Result<(Vm, KataAgent), Error> {
-    cold_watched(config, wanted, false, &mut |_, _| {})
-}
-
-/// The same; `started` is told of QEMU's process, and with `leased` the kernel
-/// ends QEMU when the calling thread ends.
-///
-/// # Errors
-/// [`Error::Boot`] or [`Error::Vm`].
-pub fn cold_watched(
+pub fn cold(
     config: &Config,
     wanted: &Wanted,
     leased: bool,
-    started: &mut dyn FnMut(&str, &Process),
+    born: Born<'_>,
 ) -> Result<(Vm, KataAgent), Error> {
     let sized = config.resized(wanted.cpus, wanted.memory_mib);
     let sized = sized.map_err(|e| Error::Larger { what: e.to_string() })?;
-    let mut vm =
-        boot(&sized, &Purpose::Own { leased }, started).map_err(|e| Error::Boot(Box::new(e)))?;
+    let store = sized.store();
+    let mut started = |id: &str, process: &Process| {
+        if let Ok(qemu) = process.watch() {
+            born(&store.join(id), qemu);
+        }
+    };
+    let mut vm = boot(&sized, &Purpose::Own { leased }, &mut started)
+        .map_err(|e| Error::Boot(Box::new(e)))?;
     let agent = vm.wake().map_err(Error::Vm)?;
     Ok((vm, agent))
 }

@@ -11,6 +11,8 @@ pub mod grpccache;
 
 use std::error;
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::agent::kata::KataAgent;
@@ -112,17 +114,36 @@ pub struct Obtained {
     pub fallback: Option<String>,
 }
 
+/// Told of a VM as soon as it is this process's, before it can be used: its
+/// directory, and a pidfd of its QEMU.
+pub type Born<'a> = &'a dyn Fn(&Path, OwnedFd);
+
 /// A base factory, and a configuration to boot from when it does not fit.
 pub struct Factory<'a> {
     base: &'a dyn BaseFactory,
     own: Option<&'a Config>,
+    leased: bool,
+    born: Born<'a>,
 }
 
 impl<'a> Factory<'a> {
     /// `own` is this side's configuration: what VMs are wanted to be, and what
     /// a cold one is booted from. Without it, the base's VMs are taken as they are.
     pub fn new(base: &'a dyn BaseFactory, own: Option<&'a Config>) -> Factory<'a> {
-        Factory { base, own }
+        Factory { base, own, leased: false, born: &|_, _| {} }
+    }
+
+    /// A cold VM, too, ends with the thread that calls [`Factory::get_vm`].
+    pub fn leased(mut self, leased: bool) -> Factory<'a> {
+        self.leased = leased;
+        self
+    }
+
+    /// Tells of each VM while it is being made ready, so that a signal that
+    /// comes then can end it.
+    pub fn born(mut self, born: Born<'a>) -> Factory<'a> {
+        self.born = born;
+        self
     }
 
     /// A VM that runs, has its own random numbers and the right time.
@@ -135,11 +156,14 @@ impl<'a> Factory<'a> {
         if let Some(what) = differs {
             let own = self.own.ok_or(Error::Mismatch { what: what.clone() })?;
             log::warn!("the pool's VMs differ from the configuration ({what}): booting a cold VM");
-            let (vm, agent) = direct::cold(own, wanted)?;
+            let (vm, agent) = direct::cold(own, wanted, self.leased, self.born)?;
             return Ok(Obtained { vm, agent, fallback: Some(what) });
         }
         check_size(&base, wanted)?;
         let mut vm = self.base.get_base_vm(wanted.within)?;
+        if let Ok(qemu) = vm.watch() {
+            (self.born)(vm.dir(), qemu);
+        }
         let agent = vm.wake().map_err(Error::Vm)?;
         Ok(Obtained { vm, agent, fallback: None })
     }
