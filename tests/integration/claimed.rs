@@ -3,7 +3,10 @@
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 
-use crate::daemon::{assert_nothing_left, text, Daemon, Options};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::daemon::{assert_nothing_left, text, wait_child, Daemon, Options};
 use crate::require_qemu;
 
 #[test]
@@ -83,6 +86,38 @@ fn exec_joins_the_command_that_runs_and_keep_keeps() {
     let out = d.output(&["run", "--keep", "--", "touch", "/root/here"]);
     let id = text(&out.stderr).trim().to_string();
     assert_eq!(d.ok(&["exec", &id, "--", "ls", "/root"]), "here\n");
+    d.ok(&["stop", &id]);
+    d.wait_ready(1);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn a_guest_that_stands_still_does_not_hold_its_caller() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let id = d.ok(&["get"]).trim().to_string();
+    let start = |options: &[&str]| {
+        let mut args = vec!["exec"];
+        args.extend_from_slice(options);
+        args.extend_from_slice(&[&id, "--", "sh", "-c", "echo up; sleep 1000"]);
+        let mut child = d.command(&args).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut up = [0; 3];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut up).unwrap();
+        child
+    };
+    let mut limited = start(&["--timeout", "3"]);
+    let mut signalled = start(&[]);
+    d.ok(&["pause", &id]);
+    assert_eq!(wait_child(&mut limited).code(), Some(124));
+    // The first one waits for the guest; the second one does not.
+    let pid = Pid::from_raw(signalled.id() as i32);
+    kill(pid, Signal::SIGTERM).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(signalled.try_wait().unwrap().is_none());
+    kill(pid, Signal::SIGTERM).unwrap();
+    assert_eq!(wait_child(&mut signalled).code(), Some(143));
+    d.ok(&["resume", &id]);
+    assert_eq!(d.ok(&["exec", &id, "--", "echo", "well"]), "well\n");
     d.ok(&["stop", &id]);
     d.wait_ready(1);
     assert_nothing_left(&d.quit().0);

@@ -178,6 +178,9 @@ fn clock_random_files_network_and_details() {
     assert_eq!(details.mem_block_size_bytes, 128 << 20);
     assert!(details.agent_details.init_daemon);
 
+    // What runs in the guest inherits no signal that the agent blocks.
+    assert_eq!(output(&guest, "grep SigBlk /proc/self/status"), "SigBlk:\t0000000000000000");
+
     agent.set_guest_date_time(Duration::from_secs(1_000_000_000)).unwrap();
     assert_eq!(&output(&guest, "date -u +%s")[..8], "10000000");
     agent.reseed_rng(&[7; 512]).unwrap();

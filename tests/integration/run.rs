@@ -148,6 +148,10 @@ fn a_cold_run_ends_with_its_caller() {
         kill(Pid::from_raw(child.id() as i32), signal).unwrap();
         wait_child(&mut child);
         wait_for("its end", || crate::daemon::qemus(&d.dir.0).len() == before);
+        if signal == Signal::SIGINT {
+            // It takes the directory along; after SIGKILL the next server does.
+            assert_eq!(crate::daemon::directories(&d.store()).len(), 1);
+        }
     }
     let mut child = d
         .command(&["run", "--cold", "--", "sh", "-c", "echo up; sleep 1000"])
