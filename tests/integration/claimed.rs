@@ -6,7 +6,7 @@ use std::os::unix::fs::{symlink, PermissionsExt};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::daemon::{assert_nothing_left, text, wait_child, Daemon, Options};
+use crate::daemon::{assert_nothing_left, text, wait_child, wait_for, Daemon, Options};
 use crate::require_qemu;
 
 #[test]
@@ -112,7 +112,10 @@ fn a_guest_that_stands_still_does_not_hold_its_caller() {
     // The first one waits for the guest; the second one does not.
     let pid = Pid::from_raw(signalled.id() as i32);
     kill(pid, Signal::SIGTERM).unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    wait_for("the first signal to be taken", || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.contains("ShdPnd:\t0000000000000000")
+    });
     assert!(signalled.try_wait().unwrap().is_none());
     kill(pid, Signal::SIGTERM).unwrap();
     assert_eq!(wait_child(&mut signalled).code(), Some(143));
