@@ -75,9 +75,12 @@ pub enum Command {
     Quit,
     /// Measure the server: claims, runs, refill, with ratios and a histogram
     Bench(Bench),
-    /// Kata's names for serve, status and quit
+    /// Kata's names for serve, status and quit; without a cache, for the template's
     #[command(subcommand)]
     Factory(Factory),
+    /// Make, look at or remove the template that clones are made from
+    #[command(subcommand)]
+    Template(Template),
     /// Make an initramfs of the guest agent, kernel modules and a userland
     Mkinitrd(Mkinitrd),
     /// Check or show the configuration
@@ -200,6 +203,9 @@ pub struct Bench {
     /// Cold runs to compare with (needs a configuration)
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub cold: usize,
+    /// Instead, without a server: so many clones of a template beside --cold boots
+    #[arg(long, value_name = "CLONES", num_args = 0..=1, default_missing_value = "10")]
+    pub refill: Option<usize>,
     /// Also watch the server and its pool do nothing for so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub idle: u64,
@@ -213,6 +219,16 @@ pub enum Factory {
     Status(Status),
     /// As `vmcache quit`
     Destroy,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Template {
+    /// Boot a VM and keep its state, unless there is a template that fits
+    Create(Json),
+    /// Show the template; exit code 1 when there is none that fits
+    Status(Json),
+    /// Remove it; clones that run are not affected
+    Destroy(Json),
 }
 
 #[derive(Args, Debug)]

@@ -15,13 +15,15 @@ mod progress;
 mod run;
 mod session;
 mod status;
+mod template;
 mod terminal;
 
 use std::path::PathBuf;
 
-use args::{Cli, Command, Common, Factory};
+use args::{Cli, Command, Common, Factory, Json, Template};
 use output::Failure;
 
+use crate::config::options::FACTORY;
 use crate::config::{options, Config, Error as ConfigError};
 use crate::factory::grpccache::GrpcCache;
 
@@ -38,12 +40,32 @@ pub fn main() -> u8 {
     }
 }
 
+/// Kata's `factory`: the cache's server when there is one, or else the template.
+fn factory(common: &Common, command: Factory) -> Outcome {
+    let json = Json { json: false };
+    let alone =
+        optional_config(common)?.is_some_and(|c| c.pool == 0 && c.flag(FACTORY, "enable_template"));
+    match (command, alone) {
+        (Factory::Init, true) => template::template(common, &Template::Create(json)),
+        (Factory::Status(s), true) => template::template(common, &Template::Status(s.json)),
+        (Factory::Destroy, true) => template::template(common, &Template::Destroy(json)),
+        (Factory::Init, false) => serve(common),
+        (Factory::Status(s), false) => status::status(common, &s),
+        (Factory::Destroy, false) => {
+            connect(common)?.quit()?;
+            Ok(0)
+        }
+    }
+}
+
 fn dispatch(cli: Cli) -> Outcome {
     let common = cli.common;
     match cli.command {
-        Command::Serve | Command::Factory(Factory::Init) => serve(&common),
-        Command::Status(s) | Command::Factory(Factory::Status(s)) => status::status(&common, &s),
-        Command::Quit | Command::Factory(Factory::Destroy) => {
+        Command::Factory(command) => factory(&common, command),
+        Command::Template(t) => template::template(&common, &t),
+        Command::Serve => serve(&common),
+        Command::Status(s) => status::status(&common, &s),
+        Command::Quit => {
             connect(&common)?.quit()?;
             Ok(0)
         }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use crate::factory::grpccache;
 use crate::report::chain;
+use crate::vm::boot::BootError;
 use crate::{agent, config, factory, initrd, server, vm, workload};
 
 /// Failed.
@@ -45,7 +46,8 @@ impl Failure {
         Failure { code, text: text.into() }
     }
 
-    fn of(code: u8, e: &dyn Error) -> Failure {
+    /// An error with its causes.
+    pub fn of(code: u8, e: &dyn Error) -> Failure {
         Failure { code, text: chain(e) }
     }
 
@@ -127,6 +129,12 @@ impl From<workload::Error> for Failure {
 
 impl From<vm::Error> for Failure {
     fn from(e: vm::Error) -> Failure {
+        Failure::of(FAILED, &e)
+    }
+}
+
+impl From<BootError> for Failure {
+    fn from(e: BootError) -> Failure {
         Failure::of(FAILED, &e)
     }
 }

@@ -17,7 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use super::output::{Failure, FAILED, TIMED_OUT};
 use super::run::exit_code;
 use super::terminal::{size, Terminal};
-use crate::sys::process::pidfd_kill;
+use crate::sys::process::{pidfd_kill, pidfd_wait};
 use crate::vm::dir::VmDir;
 use crate::worker::{self, Worker};
 use crate::workload::{self, Running, StreamReader};
@@ -124,6 +124,8 @@ fn on_signal(signal: Signal, stage: &mut Stage) {
     }
     if let Some((qemu, dir)) = stage.held.take() {
         let _ = pidfd_kill(qemu.as_fd(), Signal::SIGKILL as i32);
+        // Until it is gone, it can still make sockets in its directory.
+        pidfd_wait(qemu.as_fd(), GRACE);
         drop(VmDir::adopt(&dir));
     }
     std::process::exit(128 + signal as i32);

@@ -116,10 +116,29 @@ impl Config {
         Ok(())
     }
 
+    /// A template's memory is a file of its own in template_path.
+    fn check_template(&self) -> Result<(), Error> {
+        if !self.text(FACTORY, "template_path").starts_with('/') {
+            return Err(self.wrong(FACTORY, "template_path", "must be an absolute path"));
+        }
+        for key in ["enable_hugepages", "enable_mem_prealloc"] {
+            if self.flag(QEMU, key) {
+                let why = "can not be used with enable_template, whose clones share memory: \
+                           leave one of the two false";
+                return Err(self.wrong(QEMU, key, why));
+            }
+        }
+        if !self.text(QEMU, "file_mem_backend").is_empty() {
+            let why = "can not be used with enable_template, which keeps memory in \
+                       template_path: leave one of the two out";
+            return Err(self.wrong(QEMU, "file_mem_backend", why));
+        }
+        Ok(())
+    }
+
     fn check_choices(&mut self) -> Result<(), Error> {
         if self.flag(FACTORY, "enable_template") {
-            let why = "templates are not supported by this version: leave it false";
-            return Err(self.wrong(FACTORY, "enable_template", why));
+            self.check_template()?;
         }
         if !self.text(QEMU, "image").is_empty() {
             let why = "guests from a disk image are not supported by this version: use initrd";

@@ -113,9 +113,14 @@ pub static OPTIONS: [Opt; 42] = [
         FACTORY,
         "enable_template",
         Flag(false),
-        "fill the pool with clones of a template (not yet supported)",
+        "fill the pool with clones of a template: quick to make, sharing memory",
     ),
-    opt(FACTORY, "template_path", Text("/run/vc/vm/template"), "where the template lives"),
+    opt(
+        FACTORY,
+        "template_path",
+        Text("/run/vc/vm/template"),
+        "where the template lives: in memory, or a tmpfs is mounted there",
+    ),
     opt(FACTORY, "vm_cache_number", Number(0), "VMs kept ready; 0: VMCache is off"),
     opt(
         FACTORY,

@@ -46,7 +46,11 @@ fn errors_name_file_line_key_value_and_remedy() {
         ("[vmcache]\nlog_level = \"loud\"\n", "debug"),
         ("[vmcache]\nvm_store_path = \"run\"\n", "absolute"),
         ("[hypervisor.qemu]\nmachine_type = \"isapc\"\n", "q35"),
-        ("[factory]\nenable_template = true\n", "not supported"),
+        (
+            "[hypervisor.qemu]\nenable_hugepages = true\n[factory]\nenable_template = true\n",
+            "enable_template",
+        ),
+        ("[factory]\ntemplate_path = \"t\"\nenable_template = true\n", "absolute"),
         ("[factory]\nvm_cache_number = 100000\n", "at most 4096"),
     ] {
         let e = refused(text);

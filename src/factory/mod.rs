@@ -2,12 +2,13 @@
 //!
 //! [`BaseFactory`] is Kata's interface: *direct* boots, *cache* is the server's
 //! pool (a daemon's, so its VMs leave by gRPC and not by this trait),
-//! *grpccache* is the client of one. [`Factory::get_vm`] stands on top. A
-//! *template* factory will take direct's place under the pool.
+//! *grpccache* is the client of one. [`Factory::get_vm`] stands on top. With
+//! `enable_template`, *template* takes direct's place under the pool.
 
 pub mod cache;
 pub mod direct;
 pub mod grpccache;
+pub mod template;
 
 use std::error;
 use std::fmt;

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::ForkResult;
@@ -48,6 +49,20 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 pub fn pidfd_alive(pidfd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+}
+
+/// Waits for the end of the process behind a pidfd; false when it still runs
+/// after `within`. It may be a zombie then.
+pub fn pidfd_wait(pidfd: BorrowedFd<'_>, within: Duration) -> bool {
+    let deadline = Instant::now() + within;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout) {
+            Err(nix::errno::Errno::EINTR) => {}
+            answer => return answer.is_ok_and(|n| n > 0),
+        }
+    }
 }
 
 /// Start time of a process in clock ticks after boot, field 22 of
@@ -96,13 +111,14 @@ pub fn ticks_per_second() -> u64 {
     u64::try_from(n).unwrap_or(100)
 }
 
-/// Gives a child a session of its own and no fd of ours but 0 to 2 and `keep`;
+/// Gives a child a session of its own and no fd of ours but 0 to 2 and those of
+/// `keep`, under their own numbers;
 /// with `leased`, it is killed when the thread that starts it ends. It blocks no
 /// signal, whatever the thread that starts it blocks.
 #[cfg(feature = "host")]
-pub fn own_session(command: &mut std::process::Command, keep: BorrowedFd<'_>, leased: bool) {
+pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>], leased: bool) {
     use std::os::unix::process::CommandExt;
-    let keep = keep.as_raw_fd();
+    let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: setsid, sigprocmask, prctl, close_range and fcntl are async-signal-safe
     // and nothing here allocates.
     unsafe {
@@ -114,10 +130,13 @@ pub fn own_session(command: &mut std::process::Command, keep: BorrowedFd<'_>, le
             }
             // CLOEXEC and not close: std's own error pipe must survive until exec.
             let flags = libc::CLOSE_RANGE_CLOEXEC;
-            if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, flags) < 0
-                || libc::fcntl(keep, libc::F_SETFD, 0) < 0
-            {
+            if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, flags) < 0 {
                 return Err(io::Error::last_os_error());
+            }
+            for fd in &keep {
+                if libc::fcntl(*fd, libc::F_SETFD, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
             }
             Ok(())
         });

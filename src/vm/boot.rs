@@ -4,16 +4,18 @@
 //! neither process nor directory, and says which phase did not come, after how
 //! long, and what QEMU and the guest's console wrote.
 
+mod failure;
+
 use std::error;
-use std::fmt;
-use std::io::Read;
-use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex};
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+pub use failure::{BootError, Phase};
+
+use super::console::Console;
 use super::dir::VmDir;
 use super::identity;
 use super::ledger::{Ledger, State};
@@ -22,91 +24,13 @@ use crate::agent::address::Address;
 use crate::agent::kata::KataAgent;
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::hypervisor::qemu::argv::{argv, Names};
+use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+use crate::hypervisor::qemu::migrate;
 use crate::hypervisor::qemu::process::Process;
 use crate::hypervisor::qemu::qmp::Qmp;
-use crate::worker::Worker;
 
-/// Bytes of the guest's console that an error carries, the last ones.
-const KEPT_CONSOLE: usize = 2048;
 /// How long a QEMU that has gone silent may take to be dead of itself.
 const LAST_BREATH: Duration = Duration::from_millis(300);
-
-/// What a boot was waiting for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// The VM's directory and sockets.
-    Directory,
-    /// QEMU's process.
-    Spawn,
-    /// The greeting of QEMU's monitor.
-    Monitor,
-    /// The guest's kernel and agent.
-    Guest,
-    /// Random numbers and clock.
-    Identity,
-    /// Pausing, and the ledger.
-    Ready,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Phase::Directory => "its directory could not be made",
-            Phase::Spawn => "QEMU could not be started",
-            Phase::Monitor => "QEMU's monitor did not answer",
-            Phase::Guest => "the guest's agent did not answer",
-            Phase::Identity => "the guest could not be given its identity",
-            Phase::Ready => "it could not be made ready",
-        })
-    }
-}
-
-/// Why a VM did not come up.
-#[derive(Debug)]
-pub struct BootError {
-    /// The VM's id.
-    pub id: String,
-    /// QEMU's pid; 0 when it was not started.
-    pub pid: i32,
-    /// What was waited for.
-    pub phase: Phase,
-    /// How long the boot took until it failed.
-    pub after: Duration,
-    /// What QEMU wrote, and the guest's console.
-    pub words: String,
-    source: Box<dyn error::Error + Send + Sync>,
-}
-
-impl BootError {
-    /// A VM that came up, but could not be published; it is destroyed.
-    pub fn after_boot(vm: Vm, why: std::io::Error) -> BootError {
-        let (id, pid) = (vm.id().to_string(), vm.pid());
-        vm.destroy();
-        let (after, words) = (Duration::ZERO, String::new());
-        BootError { id, pid, phase: Phase::Ready, after, words, source: why.into() }
-    }
-}
-
-impl fmt::Display for BootError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "boot of VM {}", self.id)?;
-        if self.pid != 0 {
-            write!(f, " (QEMU pid {})", self.pid)?;
-        }
-        write!(f, " failed after {:.1} s: {}", self.after.as_secs_f64(), self.phase)?;
-        if !self.words.is_empty() {
-            write!(f, "; {}", self.words)?;
-        }
-        Ok(())
-    }
-}
-
-impl error::Error for BootError {
-    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
-        Some(&*self.source)
-    }
-}
 
 /// Who will own a VM.
 #[derive(Clone, Debug)]
@@ -132,10 +56,47 @@ pub fn boot(
     purpose: &Purpose,
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
-    let spawned = Spawned::start(config, purpose)?;
-    started(&spawned.ledger.id, &spawned.process);
-    let pause = config.pause_idle() && matches!(purpose, Purpose::Pool { .. });
-    spawned.connect()?.await_guest()?.settle(pause)
+    let connected = Spawned::start(config, purpose, Base::None, started)?.connect()?;
+    connected.await_guest()?.settle(pauses(config, purpose))
+}
+
+/// Boots a VM to be a template: its memory in the file `memory`, its device
+/// state written into `state`, and itself gone when this returns.
+///
+/// It has no identity: each clone gets its own. Gives QEMU's version.
+///
+/// # Errors
+/// [`BootError`]; the files are then of no use.
+pub fn boot_template(
+    config: &Config,
+    memory: &File,
+    state: &File,
+    started: &mut dyn FnMut(&str, &Process),
+) -> Result<String, BootError> {
+    let purpose = Purpose::Own { leased: true };
+    let base = Base::Template(memory);
+    Spawned::start(config, &purpose, base, started)?.connect()?.await_guest()?.save(state)
+}
+
+/// Starts a clone of a template: `memory` is shared until it is written to, and
+/// `state`, read from its beginning, says where the template stood.
+///
+/// # Errors
+/// [`BootError`], with nothing left behind.
+pub fn boot_clone(
+    config: &Config,
+    purpose: &Purpose,
+    memory: &File,
+    state: &File,
+    started: &mut dyn FnMut(&str, &Process),
+) -> Result<Vm, BootError> {
+    let spawned = Spawned::start(config, purpose, Base::Clone(memory), started)?;
+    let guest = spawned.connect()?.load(state)?.await_guest()?;
+    guest.settle(pauses(config, purpose))
+}
+
+fn pauses(config: &Config, purpose: &Purpose) -> bool {
+    config.pause_idle() && matches!(purpose, Purpose::Pool { .. })
 }
 
 /// The clock of one boot.
@@ -152,6 +113,17 @@ impl Clock {
 }
 
 type Source = Box<dyn error::Error + Send + Sync>;
+
+/// What a VM starts from.
+#[derive(Clone, Copy)]
+enum Base<'a> {
+    /// Nothing: it boots.
+    None,
+    /// Nothing, but its memory will be a template's: this file.
+    Template(&'a File),
+    /// A template with this memory.
+    Clone(&'a File),
+}
 
 /// QEMU runs.
 struct Spawned {
@@ -175,7 +147,12 @@ struct Booted {
 }
 
 impl Spawned {
-    fn start(config: &Config, purpose: &Purpose) -> Result<Spawned, BootError> {
+    fn start(
+        config: &Config,
+        purpose: &Purpose,
+        base: Base<'_>,
+        started: &mut dyn FnMut(&str, &Process),
+    ) -> Result<Spawned, BootError> {
         let start = Instant::now();
         let clock = Clock { start, deadline: start + config.boot_timeout };
         let early = |id: &str, phase: Phase, source: Source| BootError {
@@ -204,7 +181,7 @@ impl Spawned {
             pid: 0,
             start_time: 0,
             uuid,
-            source: "direct".into(),
+            source: if matches!(base, Base::Clone(_)) { "template" } else { "direct" }.into(),
             cpus: config.cpus(),
             memory_mib: config.memory(),
             endpoint,
@@ -218,17 +195,27 @@ impl Spawned {
             id: &id,
             uuid: &ledger.uuid,
             dir: dir.path(),
-            monitor: std::os::fd::AsRawFd::as_raw_fd(&monitor),
+            monitor: monitor.as_raw_fd(),
             host_memory: host_memory_mib(),
+            memory: match base {
+                Base::None => Memory::Own,
+                Base::Template(file) => Memory::Template(file.as_raw_fd()),
+                Base::Clone(file) => Memory::Clone(file.as_raw_fd()),
+            },
         };
         let args = argv(config, &names);
-        let process = Process::spawn(&config.qemu(), &args, monitor.as_fd(), leased)
+        let mut inherited = vec![monitor.as_fd()];
+        if let Base::Template(file) | Base::Clone(file) = base {
+            inherited.push(file.as_fd());
+        }
+        let process = Process::spawn(&config.qemu(), &args, &inherited, leased)
             .map_err(|e| early(&id, Phase::Spawn, e.into()))?;
         (ledger.pid, ledger.start_time) = (process.pid(), process.start_time());
         let written = ledger
             .write(dir.path())
             .and_then(|()| std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid())));
         let spawned = Spawned { process, dir, ledger, clock };
+        started(&spawned.ledger.id, &spawned.process);
         match written {
             Ok(()) => Ok(spawned),
             Err(e) => Err(spawned.failed(Phase::Directory, e.into(), "")),
@@ -267,6 +254,15 @@ impl Spawned {
 }
 
 impl Connected {
+    fn load(mut self, state: &File) -> Result<Connected, BootError> {
+        let within = self.spawned.clock.left();
+        let loaded = migrate::load(&mut self.monitor, state.as_fd(), within);
+        match loaded.and_then(|()| self.monitor.resume()) {
+            Ok(()) => Ok(self),
+            Err(e) => Err(self.spawned.failed(Phase::State, e.into(), "")),
+        }
+    }
+
     fn await_guest(self) -> Result<Booted, BootError> {
         let console = Console::open(&self.spawned.dir);
         let address = Address::Serial(self.spawned.dir.path().to_path_buf());
@@ -282,9 +278,23 @@ impl Connected {
 }
 
 impl Booted {
+    fn save(self, state: &File) -> Result<String, BootError> {
+        let Booted { connected: Connected { spawned, mut monitor }, agent, .. } = self;
+        // A session that is open now would be open in every clone.
+        drop(agent);
+        let within = spawned.clock.left();
+        let saved =
+            monitor.pause().and_then(|()| migrate::save(&mut monitor, state.as_fd(), within));
+        match saved {
+            Ok(()) => Ok(monitor.version().to_string()),
+            Err(e) => Err(spawned.failed(Phase::State, e.into(), "")),
+        }
+    }
+
     fn settle(self, pause: bool) -> Result<Vm, BootError> {
         let Booted { connected: Connected { spawned, mut monitor }, agent, address } = self;
-        if let Err(e) = identity::refresh(&agent) {
+        let own = identity::refresh(&agent);
+        if let Err(e) = own.and_then(|()| identity::name(&agent, &spawned.ledger.id)) {
             return Err(spawned.failed(Phase::Identity, e.into(), ""));
         }
         // Its session must end before the VM stops, or the guest would hear of
@@ -306,44 +316,6 @@ impl Booted {
         let private = std::fs::Permissions::from_mode(0o700);
         let _ = std::fs::set_permissions(dir.monitor(), private);
         Ok(Vm { process, dir, ledger, agent: address, paused: pause })
-    }
-}
-
-/// Keeps the end of what a guest writes to its console while it boots.
-struct Console {
-    stream: UnixStream,
-    tail: Arc<Mutex<Vec<u8>>>,
-    reader: Worker<()>,
-}
-
-impl Console {
-    /// `None` when it can not be had: a boot does not fail for that.
-    fn open(dir: &VmDir) -> Option<Console> {
-        let stream = UnixStream::connect(dir.console()).ok()?;
-        let mut from = stream.try_clone().ok()?;
-        let tail = Arc::new(Mutex::new(Vec::new()));
-        let kept = Arc::clone(&tail);
-        let reader = Worker::spawn("vmc-console", move || {
-            let mut chunk = [0; 1024];
-            while let Ok(n) = from.read(&mut chunk) {
-                if n == 0 {
-                    break;
-                }
-                let mut kept = kept.lock().unwrap_or_else(|e| e.into_inner());
-                kept.extend_from_slice(&chunk[..n]);
-                let over = kept.len().saturating_sub(KEPT_CONSOLE);
-                kept.drain(..over);
-            }
-        })
-        .ok()?;
-        Some(Console { stream, tail, reader })
-    }
-
-    fn close(self) -> String {
-        let _ = self.stream.shutdown(Shutdown::Both);
-        let _ = self.reader.join(Duration::from_secs(1));
-        let tail = self.tail.lock().unwrap_or_else(|e| e.into_inner());
-        String::from_utf8_lossy(&tail).into_owned()
     }
 }
 

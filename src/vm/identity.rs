@@ -4,6 +4,7 @@ use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::agent::{Agent, Error};
+use crate::proto::agent::CopyFileRequest;
 use crate::sys::process::random;
 
 /// Bytes with which a guest's random generator is reseeded.
@@ -35,6 +36,25 @@ pub fn refresh(agent: &dyn Agent) -> Result<(), Error> {
     agent.reseed_rng(&seed)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     agent.set_guest_date_time(now)
+}
+
+/// Gives a guest the machine id that belongs to its VM's: the UUID without its
+/// dashes, as machine-id(5) has it. Done before a VM is published, since a
+/// clone has its template's file.
+///
+/// # Errors
+/// As the agent's; the VM must then not be used.
+pub fn name(agent: &dyn Agent, id: &str) -> Result<(), Error> {
+    let data = format!("{}\n", id.replace('-', "")).into_bytes();
+    agent.copy_file(CopyFileRequest {
+        path: "/etc/machine-id".into(),
+        file_size: data.len() as i64,
+        // A regular file that everybody may read.
+        file_mode: 0o100_444,
+        dir_mode: 0o755,
+        data,
+        ..CopyFileRequest::default()
+    })
 }
 
 #[cfg(test)]

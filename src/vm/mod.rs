@@ -12,6 +12,7 @@
 
 pub mod boot;
 pub mod config;
+mod console;
 pub mod dir;
 pub mod identity;
 pub mod ledger;

@@ -71,6 +71,7 @@ pub struct Options {
     pub initrd: String,
     pub more_qemu: String,
     pub more_ours: String,
+    pub more_factory: String,
 }
 
 impl Options {
@@ -90,6 +91,7 @@ impl Options {
             initrd: value("initrd"),
             more_qemu: String::new(),
             more_ours: format!("accel = \"{}\"\n", value("accel")),
+            more_factory: String::new(),
         }
     }
 
@@ -97,7 +99,7 @@ impl Options {
         format!(
             "[hypervisor.qemu]\npath = {:?}\nkernel = {:?}\ninitrd = {:?}\ndefault_memory = {}\n\
              default_maxvcpus = 2\n{}\n[factory]\nvm_cache_number = {}\n\
-             vm_cache_endpoint = {:?}\n[vmcache]\nboot_timeout = {}\nvm_store_path = {:?}\n{}\n",
+             vm_cache_endpoint = {:?}\n{}[vmcache]\nboot_timeout = {}\nvm_store_path = {:?}\n{}\n",
             self.qemu,
             self.kernel,
             self.initrd,
@@ -105,6 +107,7 @@ impl Options {
             self.more_qemu,
             self.pool,
             dir.join("s"),
+            self.more_factory,
             self.timeout,
             dir.join("vm"),
             self.more_ours,

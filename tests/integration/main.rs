@@ -11,6 +11,7 @@
 //! | `guest`     | every agent call; four clients at once; a client that dies |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients, VMs and the server |
+//! | `templates` | clones: unique, and their template made anew when it breaks |
 //! | `readme`    | the README's table of options is the code's |
 //!
 //! `tests/run` prepares what they need and names it in `VMCACHE_TEST_DIR`;
@@ -28,4 +29,5 @@ mod pool;
 mod readme;
 mod rootfs;
 mod run;
+mod templates;
 mod wire;

@@ -6,6 +6,7 @@
 //! Every VM that is claimed is ended afterwards.
 
 mod idle;
+mod refill;
 mod samples;
 
 use std::time::{Duration, Instant};
@@ -43,6 +44,9 @@ struct Measured {
 
 /// Measures and prints.
 pub fn bench(common: &Common, b: &Bench) -> Outcome {
+    if let Some(clones) = b.refill {
+        return refill::bench(Config::load(common.config.as_deref())?, b, clones);
+    }
     let server = connect(common)?;
     let config = optional_config(common)?;
     let mut m = Measured::default();

@@ -13,19 +13,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
+use crossbeam_channel::{after, at, bounded, never, select, Sender};
 
 use super::board::Seen;
 use super::claim::{Answer, Place};
+use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready};
 use super::watch::Watch;
 use crate::config::Config;
 use crate::report::chain;
 use crate::sys::process::{pidfd_kill, random, stand_back};
-use crate::vm::boot::{boot, BootError, Purpose};
-use crate::vm::ledger::{ClaimNote, State};
-use crate::vm::{wire, Vm};
+use crate::vm::boot::BootError;
+use crate::vm::ledger::State;
+use crate::vm::Vm;
 use crate::worker::{self, Worker};
 
 /// How long a stopping driver waits for answers that are on their way to clients.
@@ -68,6 +69,7 @@ pub struct Driver {
     pool: Arc<Pool>,
     ends: Ends,
     policy: Policy,
+    source: &'static str,
     jobs: Option<Sender<Job>>,
     workers: Vec<Worker<()>>,
     watch: Watch,
@@ -93,10 +95,11 @@ impl Driver {
         // policy's bound ensures, so the driver never waits here.
         let (jobs, jobs_out) = bounded::<Job>(0);
         let mut workers = Vec::new();
+        let source = Arc::new(Source::of(config));
         for n in 0..config.boot_parallel.min(config.pool.max(1)) {
-            let (config, pool, jobs) = (Arc::clone(config), Arc::clone(pool), jobs_out.clone());
+            let (source, pool, jobs) = (Arc::clone(&source), Arc::clone(pool), jobs_out.clone());
             let name = format!("vmc-boot-{n}");
-            workers.push(Worker::spawn(&name, move || work(&config, &pool, &jobs))?);
+            workers.push(Worker::spawn(&name, move || source.work(&pool, &jobs))?);
         }
         let watch = Watch::start(pool.events.clone())
             .map_err(|source| worker::Error::Start { name: "vmc-watch".into(), source })?;
@@ -105,6 +108,7 @@ impl Driver {
             pool: Arc::clone(pool),
             ends,
             policy: Policy::new(config.pool, workers.len()),
+            source: source.name(),
             jobs: Some(jobs),
             workers,
             watch,
@@ -187,13 +191,18 @@ impl Driver {
         let seen = Seen {
             id,
             state: State::Booting,
-            source: "direct".into(),
+            source: self.source.into(),
             cpus: 0,
             memory_mib: 0,
             since: booting.since,
         };
-        booting.qemu = Some((pid, pidfd));
-        self.pool.board.facts().vms.insert(pid, seen);
+        let before = booting.qemu.replace((pid, pidfd));
+        let mut facts = self.pool.board.facts();
+        if let Some((template, _)) = before {
+            // It has been saved and is gone.
+            facts.vms.remove(&template);
+        }
+        facts.vms.insert(pid, seen);
     }
 
     fn booted(&mut self, job: u64, result: Result<Box<Ready>, Box<BootError>>) {
@@ -349,29 +358,5 @@ impl Driver {
             }
         }
         self.pool.board.facts().vms.retain(|_, vm| vm.state == State::Handed);
-    }
-}
-
-/// A boot worker: one VM after the other, until there are no more jobs.
-fn work(config: &Config, pool: &Pool, jobs: &Receiver<Job>) {
-    let purpose = Purpose::Pool { endpoint: config.endpoint().display().to_string() };
-    for job in jobs {
-        let number = job.number;
-        let mut started = |id: &str, process: &crate::hypervisor::qemu::process::Process| {
-            if let Ok(pidfd) = process.watch() {
-                let (pid, id) = (process.pid(), id.to_string());
-                pool.tell(Event::Started { job: number, pid, id, pidfd });
-            }
-        };
-        let result = boot(config, &purpose, &mut started)
-            .and_then(|vm| match ClaimNote::open(vm.dir()) {
-                Ok(note) => {
-                    let message = wire::to_wire(&vm, config);
-                    Ok(Box::new(Ready { vm, message, note }))
-                }
-                Err(e) => Err(BootError::after_boot(vm, e)),
-            })
-            .map_err(Box::new);
-        pool.tell(Event::Booted { job: number, result });
     }
 }

@@ -9,7 +9,7 @@
 //!
 //! Files: [`driver`] the loop, [`policy`] its decisions (pure), [`claim`] a
 //! place in the line, [`pool`] what handlers and driver share, [`watch`] the
-//! pidfds, [`board`] what status shows.
+//! pidfds, [`making`] the boot workers, [`board`] what status shows.
 //!
 //! Invariants: a ready VM is in exactly one place: the ready channel, a claim's
 //! place, or a handler's hands. Claims are served in the order in which they
@@ -18,6 +18,7 @@
 pub mod board;
 pub mod claim;
 pub mod driver;
+pub mod making;
 pub mod policy;
 pub mod pool;
 pub mod watch;

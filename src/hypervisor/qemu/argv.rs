@@ -31,6 +31,22 @@ pub struct Names<'a> {
     pub monitor: i32,
     /// The host's memory, MiB: the most to which a guest's can grow.
     pub host_memory: u64,
+    /// Where its memory is.
+    pub memory: Memory,
+}
+
+/// Where a VM's memory is.
+///
+/// A template's is named by the number of an inherited fd, which stays what it
+/// was when the file is replaced, and whose path QEMU still takes for a file's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// Its own, as the configuration says.
+    Own,
+    /// In this file, which will be a template's.
+    Template(i32),
+    /// In this template's file, what it writes copied; its device state comes later.
+    Clone(i32),
 }
 
 /// A comma in a value is written twice.
@@ -67,13 +83,16 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         );
     }
-    args.pair("-object", backend(c));
+    args.pair("-object", backend(c, n.memory));
     args.pair("-numa", "node,memdev=dimm1");
     args.pair("-kernel", c.kernel());
     args.pair("-initrd", c.initrd());
     args.pair("-append", append(c));
     if !c.text(QEMU, "firmware").is_empty() {
         args.pair("-bios", c.text(QEMU, "firmware"));
+    }
+    if matches!(n.memory, Memory::Clone(_)) {
+        args.pair("-incoming", "defer");
     }
     let (cpus, most) = (c.cpus(), c.max_cpus());
     args.pair("-smp", format!("{cpus},cores=1,threads=1,sockets={most},maxcpus={most}"));
@@ -167,8 +186,17 @@ fn disks_and_random(c: &Config, args: &mut Args) {
     args.pair("-device", "virtio-rng-pci,rng=rng0");
 }
 
-fn backend(c: &Config) -> String {
+fn backend(c: &Config, memory: Memory) -> String {
     let size = c.memory();
+    let (file, share) = match memory {
+        Memory::Own => (None, "on"),
+        Memory::Template(fd) => (Some(fd), "on"),
+        Memory::Clone(fd) => (Some(fd), "off"),
+    };
+    if let Some(fd) = file {
+        let path = format!("/proc/self/fd/{fd}");
+        return format!("memory-backend-file,id=dimm1,size={size}M,mem-path={path},share={share}");
+    }
     let place = if c.flag(QEMU, "enable_hugepages") {
         "/dev/hugepages"
     } else {
@@ -214,6 +242,7 @@ mod tests {
             dir: Path::new("/run/vc/vm/ID"),
             monitor: 9,
             host_memory: 4096,
+            memory: Memory::Own,
         };
         let args: Vec<String> =
             argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();

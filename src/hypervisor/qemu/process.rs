@@ -12,14 +12,15 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::pipe2;
 
-use crate::sys::process::{own_session, pidfd_alive, pidfd_kill, pidfd_open, start_time};
+use crate::sys::process::{
+    own_session, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
+};
 
 /// Bytes of QEMU's output that an error carries, the last ones.
 pub const KEPT_OUTPUT: usize = 4096;
@@ -59,7 +60,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts QEMU; `monitor` is the one fd that it inherits. With `leased`, the
+    /// Starts QEMU; it inherits the fds of `inherited` and no others. With `leased`, the
     /// kernel kills it when the calling thread ends.
     ///
     /// # Errors
@@ -68,7 +69,7 @@ impl Process {
     pub fn spawn(
         qemu: &Path,
         args: &[OsString],
-        monitor: BorrowedFd<'_>,
+        inherited: &[BorrowedFd<'_>],
         leased: bool,
     ) -> Result<Process, SpawnError> {
         let failed = |source: io::Error| SpawnError { path: qemu.to_path_buf(), source };
@@ -79,7 +80,7 @@ impl Process {
         let mut command = Command::new(qemu);
         command.args(args).env_clear().current_dir("/").stdin(Stdio::null());
         command.stdout(theirs.try_clone().map_err(failed)?).stderr(Stdio::from(theirs));
-        own_session(&mut command, monitor, leased);
+        own_session(&mut command, inherited, leased);
         let mut child = command.spawn().map_err(failed)?;
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -143,23 +144,11 @@ impl Process {
 
     /// Waits for its end; false when it still runs after `within`.
     pub fn wait(&self, within: Duration) -> bool {
-        let deadline = Instant::now() + within;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, timeout) {
-                Ok(0) => return false,
-                Ok(_) => {
-                    if self.child {
-                        reap(self.pidfd.as_fd());
-                    }
-                    return true;
-                }
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(_) => return false,
-            }
+        let ended = pidfd_wait(self.pidfd.as_fd(), within);
+        if ended && self.child {
+            reap(self.pidfd.as_fd());
         }
+        ended
     }
 
     /// How it ended and the end of what it wrote, for an error; only when it

@@ -11,10 +11,12 @@ use std::collections::VecDeque;
 use std::error;
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
 
 /// Longest line taken from QEMU, in bytes.
@@ -144,6 +146,20 @@ impl Qmp {
         arguments: Option<Value>,
         within: Duration,
     ) -> Result<Value, Error> {
+        self.execute_with(command, arguments, None, within)
+    }
+
+    /// The same, with an fd that goes along.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        fd: Option<BorrowedFd<'_>>,
+        within: Duration,
+    ) -> Result<Value, Error> {
         self.next_id += 1;
         let id = format!("vmcache-{}", self.next_id);
         let mut request = json!({"execute": command, "id": id});
@@ -160,7 +176,7 @@ impl Qmp {
         let wait = within.max(Duration::from_millis(1));
         self.stream
             .set_write_timeout(Some(wait))
-            .and_then(|()| self.stream.write_all(&bytes))
+            .and_then(|()| self.send(&bytes, fd))
             .map_err(|e| failed(&self.path, e))?;
         let deadline = Instant::now() + within;
         loop {
@@ -215,6 +231,19 @@ impl Qmp {
     /// Events that came so far, oldest first.
     pub fn take_events(&mut self) -> Vec<Value> {
         self.events.drain(..).collect()
+    }
+
+    /// Writes all of it; the fd travels with the first byte.
+    fn send(&mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut sent = 0;
+        if let Some(fd) = fd {
+            let fds = [fd.as_raw_fd()];
+            let parts = [io::IoSlice::new(bytes)];
+            let with = [ControlMessage::ScmRights(&fds)];
+            let to = self.stream.as_raw_fd();
+            sent = sendmsg::<()>(to, &parts, &with, MsgFlags::MSG_NOSIGNAL, None)?;
+        }
+        self.stream.write_all(&bytes[sent..])
     }
 
     fn keep(&mut self, event: Value) {

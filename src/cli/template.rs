@@ -1,0 +1,79 @@
+//! `vmcache template`.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+
+use super::args::{Common, Template as Command};
+use super::output::{age, Failure, FAILED};
+use super::progress::Progress;
+use super::Outcome;
+use crate::config::Config;
+use crate::factory::template::{Status, Template};
+
+/// Makes, shows or removes the template of the configuration.
+pub fn template(common: &Common, command: &Command) -> Outcome {
+    let config = Arc::new(Config::load(common.config.as_deref())?);
+    let template = Template::new(&config);
+    match command {
+        Command::Create(j) => {
+            config.check_files()?;
+            let progress = Progress::start("making the template");
+            let made = template.create(&mut |_, _| {})?;
+            drop(progress);
+            let status = look(&template)?;
+            show(&status, j.json, Some(made));
+            Ok(0)
+        }
+        Command::Status(j) => {
+            let status = look(&template)?;
+            show(&status, j.json, None);
+            Ok(u8::from(!status.fits))
+        }
+        Command::Destroy(j) => {
+            let there = template.destroy().map_err(|e| Failure::of(FAILED, &e))?;
+            match j.json {
+                true => println!("{}", json!({"destroyed": there})),
+                false if there => println!("the template is gone"),
+                false => println!("there was no template"),
+            }
+            Ok(0)
+        }
+    }
+}
+
+fn look(template: &Template) -> Result<Status, Failure> {
+    template.status().map_err(|e| Failure::new(FAILED, format!("look at the template: {e}")))
+}
+
+fn show(s: &Status, json: bool, made: Option<bool>) {
+    if json {
+        let mut out = json!({"path": s.path, "exists": s.manifest.is_some(), "fits": s.fits});
+        if let Some(m) = &s.manifest {
+            out["memory_mib"] = m.memory_mib.into();
+            out["state_bytes"] = m.state_bytes.into();
+            out["qemu_version"] = m.qemu_version.clone().into();
+            out["created"] = m.created.into();
+        }
+        if let Some(made) = made {
+            out["made"] = made.into();
+        }
+        println!("{out}");
+        return;
+    }
+    let Some(m) = &s.manifest else {
+        println!("no template in {}", s.path.display());
+        return;
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    println!(
+        "{}: {} MiB of memory, {} KiB of device state, QEMU {}, made {} ago{}",
+        s.path.display(),
+        m.memory_mib,
+        m.state_bytes / 1024,
+        m.qemu_version,
+        age(now.saturating_sub(m.created)),
+        if s.fits { "" } else { "; it does not fit the configuration and will be made anew" }
+    );
+}

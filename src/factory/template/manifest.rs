@@ -1,0 +1,184 @@
+//! The manifest: what a template was made from, and so whether it still fits.
+//!
+//! Invariant: it is written last, whole or not at all; where there is none,
+//! there is no template.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_derive::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::options::QEMU;
+use crate::config::Config;
+use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+
+/// The file's name.
+pub const FILE: &str = "manifest.json";
+/// Changes when a template of an older version of this program can not be used.
+const FORMAT: u32 = 1;
+/// Largest manifest read, in bytes.
+const MAX_FILE: u64 = 64 * 1024;
+
+/// A file that a template was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Part {
+    path: PathBuf,
+    sha256: String,
+}
+
+/// What a template was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parts {
+    format: u32,
+    /// QEMU, kernel, initrd (with the agent in it), firmware.
+    files: Vec<Part>,
+    /// QEMU's arguments, without what is a single VM's own.
+    arguments: Vec<String>,
+}
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// What it was made from.
+    pub parts: Parts,
+    /// QEMU's version, as its monitor told it.
+    pub qemu_version: String,
+    /// Size of the memory, MiB.
+    pub memory_mib: u32,
+    /// Size of the device state, bytes.
+    pub state_bytes: u64,
+    /// Digest of the device state.
+    pub state_sha256: String,
+    /// When it was made, seconds since the epoch.
+    pub created: u64,
+}
+
+/// SHA-256 of all that can be read, in hexadecimal.
+///
+/// # Errors
+/// As read(2).
+pub fn digest(mut from: impl Read) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut chunk = vec![0; 256 * 1024];
+    loop {
+        match from.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(n) => hash.update(&chunk[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+impl Parts {
+    /// What a template of this configuration is made from, now.
+    ///
+    /// # Errors
+    /// When a file can not be read; the text names it.
+    pub fn of(config: &Config) -> io::Result<Parts> {
+        let mut paths = vec![config.qemu(), config.kernel(), config.initrd()];
+        let firmware = config.text(QEMU, "firmware");
+        if !firmware.is_empty() {
+            paths.push(firmware.into());
+        }
+        let part = |path: PathBuf| {
+            let digest = File::open(&path).and_then(digest);
+            let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+            Ok(Part { sha256: digest.map_err(named)?, path })
+        };
+        let files: io::Result<Vec<Part>> = paths.into_iter().map(part).collect();
+        let names = Names {
+            id: "",
+            uuid: "",
+            dir: Path::new("/"),
+            monitor: 0,
+            host_memory: crate::vm::boot::host_memory_mib(),
+            memory: Memory::Own,
+        };
+        let arguments = argv(config, &names);
+        let arguments = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        Ok(Parts { format: FORMAT, files: files?, arguments })
+    }
+}
+
+impl Manifest {
+    /// Writes it into a template's directory.
+    ///
+    /// # Errors
+    /// As the file system's.
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
+        let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
+        let temporary = dir.join("manifest.json.new");
+        fs::write(&temporary, bytes)?;
+        fs::rename(&temporary, dir.join(FILE))
+    }
+
+    /// Reads a template's directory; with it, the file's identity, which is
+    /// another one when the template is.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged.
+    pub fn read(dir: &Path) -> io::Result<(Manifest, Stamp)> {
+        let file = File::open(dir.join(FILE))?;
+        let stamp = Stamp::of(&file.metadata()?);
+        let mut bytes = Vec::new();
+        file.take(MAX_FILE).read_to_end(&mut bytes)?;
+        let manifest = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        Ok((manifest, stamp))
+    }
+}
+
+/// Which file it is: device, inode, time of change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp(u64, u64, i64, i64);
+
+impl Stamp {
+    fn of(m: &fs::Metadata) -> Stamp {
+        Stamp(m.dev(), m.ino(), m.ctime(), m.ctime_nsec())
+    }
+
+    /// The manifest that is in a template's directory now.
+    pub fn now(dir: &Path) -> Option<Stamp> {
+        fs::metadata(dir.join(FILE)).ok().map(|m| Stamp::of(&m))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_sha_256() {
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(digest(&b"abc"[..]).unwrap(), abc);
+    }
+
+    #[test]
+    fn a_manifest_comes_back_and_a_damaged_one_is_refused() {
+        let dir = std::env::temp_dir().join(format!("vmcache-manifest-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let part = Part { path: "/k".into(), sha256: "0".into() };
+        let parts = Parts { format: FORMAT, files: vec![part], arguments: vec!["-m".into()] };
+        let manifest = Manifest {
+            parts,
+            qemu_version: "7.2.0".into(),
+            memory_mib: 256,
+            state_bytes: 1,
+            state_sha256: "1".into(),
+            created: 2,
+        };
+        assert!(Manifest::read(&dir).is_err());
+        manifest.write(&dir).unwrap();
+        let (read, stamp) = Manifest::read(&dir).unwrap();
+        assert_eq!((read, Some(stamp)), (manifest.clone(), Stamp::now(&dir)));
+        manifest.write(&dir).unwrap();
+        assert_ne!(Some(stamp), Stamp::now(&dir), "another file");
+        fs::write(dir.join(FILE), b"{").unwrap();
+        assert!(Manifest::read(&dir).is_err());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
