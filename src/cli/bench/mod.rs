@@ -23,7 +23,7 @@ use crate::factory::{direct, BaseFactory, Wanted};
 use crate::vm::wire;
 use crate::worker::Worker;
 use crate::workload::{Command, Guest};
-use samples::Samples;
+use samples::{bound, Samples};
 
 /// Between two looks at a pool that is filling.
 const LOOK: Duration = Duration::from_millis(20);
@@ -223,12 +223,6 @@ fn report(b: &Bench, m: &Measured) {
     rows.extend(all.iter().filter(|(_, s)| s.len() > 0).map(|(name, s)| s.row(name)));
     print!("{}", table(&rows));
     println!();
-    let bound = |name: &str, what: &str, value: Option<f64>, bound: f64| {
-        if let Some(v) = value {
-            let verdict = if v <= bound { "met" } else { "NOT met" };
-            println!("{name}  {what}: {v:.3} (at most {bound:.2}: {verdict})");
-        }
-    };
     bound("S1", "p50 of GetBaseVM / p50 of Config", s1, 1.3);
     bound("S2", "p50 of run on a ready VM / p50 of run --cold", s2, 0.1);
     if let Some(idle) = &m.idle {

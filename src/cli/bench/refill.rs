@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-use super::samples::{show, Samples};
+use super::samples::{bound, show, Samples};
 use crate::cli::args::Bench;
 use crate::cli::output::{table, Failure, FAILED};
 use crate::cli::progress::Progress;
@@ -204,12 +204,6 @@ fn report(b: &Bench, direct: &Way, cloned: &Way) {
     }
     print!("{}", table(&rows));
     println!();
-    let bound = |name: &str, what: &str, value: Option<f64>, bound: f64| {
-        if let Some(v) = value {
-            let verdict = if v <= bound { "met" } else { "NOT met" };
-            println!("{name}  {what}: {v:.3} (at most {bound:.3}: {verdict})");
-        }
-    };
     bound("S3", "p50 of a clone / p50 of a cold boot, until ready", s3, 1.0 / 12.0);
     if let Some(v) = s3_at_once {
         println!("    the same for four at once: {v:.3}");

@@ -76,6 +76,15 @@ pub fn show(d: Duration) -> String {
     }
 }
 
+/// Prints a figure of the specification beside its bound.
+pub fn bound(name: &str, what: &str, value: Option<f64>, bound: f64) {
+    if let Some(v) = value {
+        let verdict = if v <= bound { "met" } else { "NOT met" };
+        let digits = if bound < 0.1 { 3 } else { 2 };
+        println!("{name}  {what}: {v:.3} (at most {bound:.digits$}: {verdict})");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

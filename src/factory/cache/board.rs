@@ -8,6 +8,7 @@ use serde_derive::Serialize;
 use serde_json::{json, Value};
 
 use crate::vm::ledger::State;
+use crate::vm::Vm;
 
 /// Facts about one VM.
 #[derive(Clone, Debug)]
@@ -24,6 +25,20 @@ pub struct Seen {
     pub memory_mib: u32,
     /// Since when it exists.
     pub since: Instant,
+}
+
+impl Seen {
+    /// What is to be seen of this VM.
+    pub fn of(vm: &Vm, state: State, since: Instant) -> Seen {
+        Seen {
+            id: vm.id().to_string(),
+            state,
+            source: vm.source().to_string(),
+            cpus: vm.cpus(),
+            memory_mib: vm.memory_mib(),
+            since,
+        }
+    }
 }
 
 /// Counts since the server's start.

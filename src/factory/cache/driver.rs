@@ -235,14 +235,7 @@ impl Driver {
         let vm = &ready.vm;
         let pid = vm.pid();
         self.watch_qemu(vm);
-        let seen = Seen {
-            id: vm.id().to_string(),
-            state: State::Ready,
-            source: vm.source().to_string(),
-            cpus: vm.cpus(),
-            memory_mib: vm.memory_mib(),
-            since,
-        };
+        let seen = Seen::of(vm, State::Ready, since);
         {
             let mut facts = self.pool.board.facts();
             facts.counters.boots += 1;

@@ -177,7 +177,7 @@ impl Place {
         }
         match fs::remove_dir(&self.path) {
             // Something of somebody else's is there.
-            Err(e) if e.raw_os_error() == Some(nix::libc::ENOTEMPTY) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
             other => other.map_err(|e| failed("remove", e)),
         }
     }

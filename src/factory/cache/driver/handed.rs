@@ -39,14 +39,7 @@ impl Driver {
     /// Call it before [`Driver::run`].
     pub fn inherit(&mut self, vm: Vm) {
         self.watch_qemu(&vm);
-        let seen = Seen {
-            id: vm.id().to_string(),
-            state: State::Handed,
-            source: vm.source().to_string(),
-            cpus: vm.cpus(),
-            memory_mib: vm.memory_mib(),
-            since: Instant::now(),
-        };
+        let seen = Seen::of(&vm, State::Handed, Instant::now());
         self.pool.board.facts().vms.insert(vm.pid(), seen);
         let owner = vm.ledger().owner;
         self.follow(vm, owner);
