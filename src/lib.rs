@@ -18,6 +18,7 @@
 //!                                                         │ GrpcVM ─► Vm again
 //!                                                         ▼
 //!                                         resume · reseed · clock (vm::identity)
+//!                                         the size asked for (vm::resize)
 //!                                                         ▼
 //!                                         workload: sandbox, container, stdio …
 //! ```
@@ -79,6 +80,8 @@ pub mod cli;
 pub mod config;
 #[cfg(feature = "host")]
 pub mod factory;
+#[cfg(feature = "host")]
+pub mod host;
 #[cfg(feature = "host")]
 pub mod hypervisor;
 #[cfg(feature = "host")]

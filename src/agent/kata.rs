@@ -262,7 +262,7 @@ impl Agent for KataAgent {
     }
 
     fn online_cpu_mem(&self, cpus: u32, cpu_only: bool) -> Outcome<()> {
-        let r = request!(OnlineCPUMemRequest { wait: false, nb_cpus: cpus, cpu_only: cpu_only });
+        let r = request!(OnlineCPUMemRequest { wait: true, nb_cpus: cpus, cpu_only: cpu_only });
         nothing("OnlineCPUMem", self.agent.online_cpu_mem(quick(), &r))
     }
 

@@ -1,8 +1,11 @@
 //! The command line: every command and option, and the help that one reads.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::factory::Wanted;
 
 /// VMs that are booted before anyone asks
 #[derive(Debug, Parser)]
@@ -104,10 +107,31 @@ pub struct Status {
     pub watch: bool,
 }
 
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Size {
+    /// CPUs of the VM; more than the pool's have are added [default: the pool's]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Memory of the VM, MiB; more than the pool's have is added, in pieces of
+    /// 128 MiB [default: the pool's]
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u32>,
+}
+
+impl Size {
+    /// What to ask a factory for.
+    pub fn within(self, seconds: u64) -> Wanted {
+        let within = Some(Duration::from_secs(seconds));
+        Wanted { cpus: self.cpus, memory_mib: self.memory, within }
+    }
+}
+
 #[derive(Args, Debug)]
 pub struct Get {
     #[command(flatten)]
     pub json: Json,
+    #[command(flatten)]
+    pub size: Size,
     /// Seconds to wait for a VM
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub wait: u64,
@@ -137,12 +161,8 @@ pub struct Process {
 
 #[derive(Args, Debug)]
 pub struct Run {
-    /// CPUs that the VM must have
-    #[arg(long, value_name = "N")]
-    pub cpus: Option<u32>,
-    /// Memory that the VM must have, MiB
-    #[arg(long, value_name = "MIB")]
-    pub memory: Option<u32>,
+    #[command(flatten)]
+    pub size: Size,
     /// Root file system for the command: a directory or a tar file
     #[arg(long, value_name = "DIR|TAR")]
     pub rootfs: Option<PathBuf>,

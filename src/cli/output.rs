@@ -92,7 +92,7 @@ impl From<factory::Error> for Failure {
     fn from(e: factory::Error) -> Failure {
         match e {
             factory::Error::Cache(e) => e.into(),
-            factory::Error::Larger { .. } => Failure::of(USAGE, &e),
+            factory::Error::Size { .. } => Failure::of(USAGE, &e),
             other => Failure::of(FAILED, &other),
         }
     }

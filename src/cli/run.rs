@@ -26,7 +26,7 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
     let session = Session::start()?;
     let server = connect(common)?;
     let own = own_config(common)?;
-    let wanted = Wanted { within: Some(Duration::from_secs(g.wait)), ..Wanted::default() };
+    let wanted = g.size.within(g.wait);
     let progress = Progress::start("waiting for a VM");
     let born = |dir: &Path, qemu| session.hold(dir, qemu);
     let obtained = Factory::new(&server, own.as_ref()).born(&born).get_vm(&wanted)?;
@@ -82,8 +82,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         check_root(root)?;
     }
     let session = Session::start()?;
-    let wanted =
-        Wanted { cpus: r.cpus, memory_mib: r.memory, within: Some(Duration::from_secs(r.wait)) };
+    let wanted = r.size.within(r.wait);
     let guest: Guest = match r.cold {
         true => cold(common, r, &wanted, &session)?,
         false => claim(common, r, &wanted, &session)?,

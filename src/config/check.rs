@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::options::{FACTORY, OURS, QEMU};
 use super::raw::Raw;
-use super::{host_cpus, Accel, Config, Error, Machine, MAX_POOL, MAX_SOCKET_PATH};
+use super::{Accel, Config, Error, Machine, MAX_POOL, MAX_SOCKET_PATH};
 
 /// Longest name of a file in a VM's directory, `<uuid>/agent.3.sock`, with slashes.
 const VM_FILES: usize = 51;
@@ -72,7 +72,7 @@ impl Config {
             return Err(self.wrong(OURS, "boot_parallel", "must be at most 256"));
         }
         self.boot_parallel = match parallel {
-            0 => (host_cpus() / 2).max(2) as usize,
+            0 => (crate::host::cpus() / 2).max(2) as usize,
             n => n as usize,
         };
         if self.number(QEMU, "memory_slots") > 255 {

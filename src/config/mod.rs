@@ -229,7 +229,7 @@ impl Config {
         // What QEMU's machines take without an IOMMU.
         let limit = 240;
         match self.number(QEMU, "default_maxvcpus").min(limit) as u32 {
-            0 => host_cpus().min(limit as u32),
+            0 => crate::host::cpus().min(limit as u32),
             n => n,
         }
     }
@@ -276,11 +276,6 @@ impl Config {
         }
         Config::check(raw)
     }
-}
-
-/// Processors of this host.
-pub fn host_cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
 }
 
 #[cfg(test)]

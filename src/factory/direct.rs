@@ -52,7 +52,7 @@ pub fn cold(
     born: Born<'_>,
 ) -> Result<(Vm, KataAgent), Error> {
     let sized = config.resized(wanted.cpus, wanted.memory_mib);
-    let sized = sized.map_err(|e| Error::Larger { what: e.to_string() })?;
+    let sized = sized.map_err(|e| Error::Size { what: e.to_string() })?;
     let store = sized.store();
     let mut started = |id: &str, process: &Process| {
         if let Ok(qemu) = process.watch() {

@@ -19,7 +19,7 @@ use std::time::Duration;
 use crate::agent::kata::KataAgent;
 use crate::config::Config;
 use crate::vm::boot::BootError;
-use crate::vm::{self, Vm, VmConfig};
+use crate::vm::{self, resize, Vm, VmConfig};
 
 /// Why there is no VM.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ pub enum Error {
     Cache(grpccache::Error),
     /// The VM came, but could not be used; it was destroyed.
     Vm(vm::Error),
-    /// A larger VM was asked for than the pool has.
-    Larger { what: String },
+    /// There can be no VM of the size asked for; none was claimed.
+    Size { what: String },
     /// The pool's VMs are not what was asked for, and no cold boot is possible.
     Mismatch { what: String },
 }
@@ -43,11 +43,7 @@ impl fmt::Display for Error {
             Error::Boot(_) => f.write_str("boot a VM"),
             Error::Cache(_) => f.write_str("get a VM from the pool"),
             Error::Vm(_) => f.write_str("make the VM ready; it was destroyed"),
-            Error::Larger { what } => write!(
-                f,
-                "{what}: this version does not grow a VM of the pool; \
-                 use --cold for a VM of that size, or change the pool's"
-            ),
+            Error::Size { what } => f.write_str(what),
             Error::Mismatch { what } => write!(
                 f,
                 "the pool's VMs differ from what was asked for ({what}), \
@@ -63,7 +59,7 @@ impl error::Error for Error {
             Error::Boot(e) => Some(e),
             Error::Cache(e) => Some(e),
             Error::Vm(e) => Some(e),
-            Error::Larger { .. } | Error::Mismatch { .. } => None,
+            Error::Size { .. } | Error::Mismatch { .. } => None,
         }
     }
 }
@@ -97,9 +93,9 @@ pub trait BaseFactory {
 /// What is asked of [`Factory::get_vm`].
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// CPUs; `None` for as many as the base VM has.
+    /// CPUs, no fewer than the base VM has; `None` for as many.
     pub cpus: Option<u32>,
-    /// Memory, MiB; `None` for as much as the base VM has.
+    /// Memory, MiB, no less than the base VM has; `None` for as much.
     pub memory_mib: Option<u32>,
     /// How long to wait for a base VM.
     pub within: Option<Duration>,
@@ -160,25 +156,14 @@ impl<'a> Factory<'a> {
             let (vm, agent) = direct::cold(own, wanted, self.leased, self.born)?;
             return Ok(Obtained { vm, agent, fallback: Some(what) });
         }
-        check_size(&base, wanted)?;
+        resize::check(&base, wanted.cpus, wanted.memory_mib)
+            .map_err(|e| Error::Size { what: e.to_string() })?;
         let mut vm = self.base.get_base_vm(wanted.within)?;
         if let Ok(qemu) = vm.watch() {
             (self.born)(vm.dir(), qemu);
         }
         let agent = vm.wake().map_err(Error::Vm)?;
+        vm.grow(&agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
         Ok(Obtained { vm, agent, fallback: None })
     }
-}
-
-/// A base VM must be as large as what is asked for, until VMs can grow.
-fn check_size(base: &VmConfig, wanted: &Wanted) -> Result<(), Error> {
-    let asked =
-        [("CPUs", wanted.cpus, base.cpus()), ("MiB of memory", wanted.memory_mib, base.memory())];
-    for (unit, want, have) in asked {
-        if let Some(want) = want.filter(|w| *w > have) {
-            let what = format!("{want} {unit} asked for, the pool's VMs have {have}");
-            return Err(Error::Larger { what });
-        }
-    }
-    Ok(())
 }

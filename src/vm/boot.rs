@@ -24,6 +24,7 @@ use crate::agent::address::Address;
 use crate::agent::kata::KataAgent;
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::host;
 use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 use crate::hypervisor::qemu::migrate;
 use crate::hypervisor::qemu::process::Process;
@@ -196,7 +197,7 @@ impl Spawned {
             uuid: &ledger.uuid,
             dir: dir.path(),
             monitor: monitor.as_raw_fd(),
-            host_memory: host_memory_mib(),
+            host_memory: host::memory_mib(),
             memory: match base {
                 Base::None => Memory::Own,
                 Base::Template(file) => Memory::Template(file.as_raw_fd()),
@@ -317,12 +318,4 @@ impl Booted {
         let _ = std::fs::set_permissions(dir.monitor(), private);
         Ok(Vm { process, dir, ledger, agent: address, paused: pause })
     }
-}
-
-/// The host's memory, MiB.
-pub fn host_memory_mib() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"));
-    let kib: u64 = line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0);
-    kib / 1024
 }

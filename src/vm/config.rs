@@ -11,6 +11,8 @@ use serde_json::{json, Map, Value};
 
 use crate::config::options::{OURS, PROXY, QEMU};
 use crate::config::Config;
+use crate::hypervisor::qemu::argv::HUGEPAGES;
+use crate::hypervisor::qemu::hotplug::Backend;
 
 /// Keys of HypervisorConfig in which two VMs may differ and still be one
 /// another's base: sizes are changed after the claim, the rest names places.
@@ -140,6 +142,25 @@ impl VmConfig {
         size.unwrap_or(0).min(u32::MAX.into()) as u32
     }
 
+    /// A number of the hypervisor's part; 0 where it does not stand.
+    pub fn number(&self, key: &str) -> u64 {
+        self.hypervisor.get(key).and_then(Value::as_u64).unwrap_or(0)
+    }
+
+    /// Where memory that is added to such a VM comes from: from where it has its own.
+    pub fn memory_backend(&self) -> Backend {
+        let flag = |k: &str| self.hypervisor.get(k).and_then(Value::as_bool).unwrap_or(false);
+        let files = self.hypervisor.get("FileBackedMemRootDir").and_then(Value::as_str);
+        let huge = flag("HugePages").then_some(HUGEPAGES);
+        match huge.or(files.filter(|f| !f.is_empty())) {
+            None => Backend::Ram,
+            Some(directory) => Backend::Files {
+                directory: directory.into(),
+                prealloc: huge.is_some() || flag("MemPrealloc"),
+            },
+        }
+    }
+
     /// The first thing in which a VM of `self` can not serve one who wants
     /// `wanted`; `None` when it can. Keys that are missing count as Go's zero.
     pub fn mismatch(&self, wanted: &VmConfig) -> Option<String> {
@@ -209,8 +230,7 @@ mod tests {
 
     #[test]
     fn what_is_derived_from_katas_file_agrees_with_kata_where_both_speak() {
-        let path =
-            concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/kata-1.13/configuration.toml");
+        let path = "tests/fixtures/kata-1.13/configuration.toml";
         let config = Config::read(Path::new(path)).unwrap();
         let ours = VmConfig::of(&config);
         let theirs = VmConfig::parse(DATA[0]).unwrap();

@@ -20,6 +20,9 @@ use serde_derive::{Deserialize, Serialize};
 pub const FILE: &str = "vm.json";
 /// The note's name.
 const NOTE: &str = "claim";
+/// Where a client that made its VM larger writes the new size. A file of its
+/// own, since the server writes the ledger, perhaps at the same time.
+const SIZE: &str = "size";
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -102,6 +105,18 @@ impl Ledger {
         fs::rename(&temporary, dir.join(FILE))
     }
 
+    /// Records that the VM is larger now.
+    ///
+    /// # Errors
+    /// As the file system's; the old size then stands.
+    pub fn resize(&mut self, dir: &Path, cpus: u32, memory_mib: u32) -> io::Result<()> {
+        let temporary = dir.join("size.new");
+        fs::write(&temporary, format!("{cpus} {memory_mib}\n"))?;
+        fs::rename(&temporary, dir.join(SIZE))?;
+        (self.cpus, self.memory_mib) = (cpus, memory_mib);
+        Ok(())
+    }
+
     /// Reads a VM's directory.
     ///
     /// # Errors
@@ -109,8 +124,10 @@ impl Ledger {
     pub fn read(dir: &Path) -> io::Result<Ledger> {
         let mut bytes = Vec::new();
         fs::File::open(dir.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
-        let ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-        let mut ledger = ledger;
+        let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        if let Some((cpus, memory)) = read_size(dir) {
+            (ledger.cpus, ledger.memory_mib) = (cpus, memory);
+        }
         if ledger.state == State::Ready {
             if let Some(owner) = ClaimNote::read(dir) {
                 (ledger.state, ledger.owner) = (State::Handing, Some(owner));
@@ -131,6 +148,13 @@ impl Ledger {
         found.sort_by_key(|(_, l)| (l.created, l.pid));
         found
     }
+}
+
+fn read_size(dir: &Path) -> Option<(u32, u32)> {
+    let mut text = String::new();
+    fs::File::open(dir.join(SIZE)).ok()?.take(64).read_to_string(&mut text).ok()?;
+    let (cpus, memory) = text.trim_end().split_once(' ')?;
+    Some((cpus.parse().ok()?, memory.parse().ok()?))
 }
 
 /// The open file that records, in one write, to whom a ready VM is being handed.
@@ -202,6 +226,12 @@ mod tests {
         note.write(&owner).unwrap();
         let read = Ledger::read(&vm).unwrap();
         assert_eq!((read.state, read.owner), (State::Handing, Some(owner)));
+        let mut mine = Ledger::read(&vm).unwrap();
+        mine.resize(&vm, 3, 768).unwrap();
+        // The server's own copy knows nothing of it, and takes nothing back.
+        ledger.write(&vm).unwrap();
+        let read = Ledger::read(&vm).unwrap();
+        assert_eq!((read.cpus, read.memory_mib), (3, 768));
         fs::rename(&vm, dir.join("b")).unwrap();
         assert!(Ledger::read(&dir.join("b")).is_err());
         fs::write(dir.join("b").join(FILE), b"{").unwrap();

@@ -16,6 +16,7 @@ mod console;
 pub mod dir;
 pub mod identity;
 pub mod ledger;
+pub mod resize;
 pub mod wire;
 
 use std::error;
@@ -30,6 +31,7 @@ use ledger::Ledger;
 use crate::agent::address::Address;
 use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent};
+use crate::hypervisor::qemu::hotplug;
 use crate::hypervisor::qemu::process::Process;
 use crate::hypervisor::qemu::qmp::{self, Qmp, QUICK};
 
@@ -46,6 +48,10 @@ pub enum Error {
     Monitor { id: String, source: qmp::Error },
     /// The agent did not.
     Agent { id: String, source: agent::Error },
+    /// It did not get what was to be added.
+    Hotplug { id: String, source: Box<hotplug::Error> },
+    /// Its ledger could not be written.
+    Record { id: String, source: std::io::Error },
     /// It could not be taken over from what came over the wire.
     Adopt { id: String, why: String },
 }
@@ -56,6 +62,8 @@ impl fmt::Display for Error {
             Error::Dead { id, pid } => write!(f, "VM {id} is dead: its QEMU, pid {pid}, has ended"),
             Error::Monitor { id, .. } => write!(f, "control VM {id}"),
             Error::Agent { id, .. } => write!(f, "talk to VM {id}"),
+            Error::Hotplug { id, .. } => write!(f, "add to VM {id}"),
+            Error::Record { id, .. } => write!(f, "write the ledger of VM {id}"),
             Error::Adopt { id, why } => write!(f, "take VM {id} over: {why}"),
         }
     }
@@ -66,6 +74,8 @@ impl error::Error for Error {
         match self {
             Error::Monitor { source, .. } => Some(source),
             Error::Agent { source, .. } => Some(source),
+            Error::Hotplug { source, .. } => Some(source),
+            Error::Record { source, .. } => Some(source),
             _ => None,
         }
     }

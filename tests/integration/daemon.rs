@@ -98,7 +98,7 @@ impl Options {
     pub fn text(&self, dir: &Path) -> String {
         format!(
             "[hypervisor.qemu]\npath = {:?}\nkernel = {:?}\ninitrd = {:?}\ndefault_memory = {}\n\
-             default_maxvcpus = 2\n{}\n[factory]\nvm_cache_number = {}\n\
+             default_maxvcpus = 4\n{}\n[factory]\nvm_cache_number = {}\n\
              vm_cache_endpoint = {:?}\n{}[vmcache]\nboot_timeout = {}\nvm_store_path = {:?}\n{}\n",
             self.qemu,
             self.kernel,

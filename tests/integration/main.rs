@@ -11,6 +11,7 @@
 //! | `guest`     | every agent call; four clients at once; a client that dies |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients, VMs and the server |
+//! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
 //! | `readme`    | the README's table of options is the code's |
 //!
@@ -27,6 +28,7 @@ mod faults;
 mod guest;
 mod pool;
 mod readme;
+mod resize;
 mod rootfs;
 mod run;
 mod templates;

@@ -8,13 +8,13 @@ use crate::daemon::{assert_nothing_left, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// A directory in memory, removed at the end.
-fn in_memory(name: &str) -> Dir {
+pub fn in_memory(name: &str) -> Dir {
     let path = PathBuf::from(format!("/dev/shm/vmcache-test-{name}-{}", std::process::id()));
     fs::create_dir_all(&path).unwrap();
     Dir(path)
 }
 
-fn cloning(mut options: Options, dir: &Dir) -> Options {
+pub fn cloning(mut options: Options, dir: &Dir) -> Options {
     options.more_factory =
         format!("enable_template = true\ntemplate_path = {:?}\n", dir.0.join("template"));
     options

@@ -96,7 +96,7 @@ impl Parts {
             uuid: "",
             dir: Path::new("/"),
             monitor: 0,
-            host_memory: crate::vm::boot::host_memory_mib(),
+            host_memory: crate::host::memory_mib(),
             memory: Memory::Own,
         };
         let arguments = argv(config, &names);

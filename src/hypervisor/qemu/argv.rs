@@ -14,10 +14,17 @@ use crate::config::{Accel, Config, Machine};
 /// Serial ports for the agent: so many clients can talk to one VM at once.
 pub const AGENT_PORTS: usize = 4;
 
+/// Where the host's huge pages are had.
+pub const HUGEPAGES: &str = "/dev/hugepages";
+
 /// Parameters that every guest's kernel gets; as Kata's.
 const KERNEL: &str = "tsc=reliable no_timer_check rcupdate.rcu_expedited=1 i8042.direct=1 \
     i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 noreplace-smp reboot=k cryptomgr.notests \
     net.ifnames=0 pci=lastbus=0 console=hvc0 console=hvc1";
+
+/// Parameters of our own: memory that is added holds its own page descriptors, so
+/// that a small VM can become a very large one.
+const OURS_TOO: &str = "memory_hotplug.memmap_on_memory=1";
 
 /// What is one VM's own on its command line.
 pub struct Names<'a> {
@@ -197,11 +204,8 @@ fn backend(c: &Config, memory: Memory) -> String {
         let path = format!("/proc/self/fd/{fd}");
         return format!("memory-backend-file,id=dimm1,size={size}M,mem-path={path},share={share}");
     }
-    let place = if c.flag(QEMU, "enable_hugepages") {
-        "/dev/hugepages"
-    } else {
-        c.text(QEMU, "file_mem_backend")
-    };
+    let place =
+        if c.flag(QEMU, "enable_hugepages") { HUGEPAGES } else { c.text(QEMU, "file_mem_backend") };
     let mut out = match place {
         "" => format!("memory-backend-ram,id=dimm1,size={size}M"),
         dir => {
@@ -217,7 +221,7 @@ fn backend(c: &Config, memory: Memory) -> String {
 
 fn append(c: &Config) -> String {
     let debug = c.flag(QEMU, "enable_debug");
-    let mut out = format!("{KERNEL} {}", if debug { "debug" } else { "quiet" });
+    let mut out = format!("{KERNEL} {OURS_TOO} {}", if debug { "debug" } else { "quiet" });
     out.push_str(&format!(" panic=1 nr_cpus={}", c.max_cpus()));
     if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
         out.push_str(" scsi_mod.scan=none");

@@ -233,6 +233,28 @@ impl Qmp {
         self.events.drain(..).collect()
     }
 
+    /// The oldest event that nobody has taken, or the next one that comes.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::Silent`] when none comes before `deadline`,
+    /// which is `within` from when the wait began.
+    pub fn next_event(
+        &mut self,
+        during: &str,
+        deadline: Instant,
+        within: Duration,
+    ) -> Result<Value, Error> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let line = self.line(during, deadline, within)?;
+            if line.get("event").is_some() {
+                self.keep(line);
+            }
+        }
+    }
+
     /// Writes all of it; the fd travels with the first byte.
     fn send(&mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut sent = 0;
