@@ -11,11 +11,12 @@ use super::output::{age, harmless, table, Failure, FAILED};
 use super::{optional_config, Outcome};
 use crate::agent::Agent;
 use crate::config::options::{find, Fallback, OURS};
+use crate::report::chain;
 use crate::sys::process::{start_time, state};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::wire::from_directory;
 use crate::vm::Vm;
-use crate::workload::Guest;
+use crate::workload::{holds_disks, Guest};
 
 fn store(common: &Common) -> Result<PathBuf, Failure> {
     if let Some(config) = optional_config(common)? {
@@ -153,7 +154,7 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
             Ok((path, ledger)) => {
                 let id = ledger.id.clone();
                 match from_directory(&path, ledger) {
-                    Ok(vm) => vm.destroy(),
+                    Ok(vm) => end(vm),
                     // Dead already: what is left of it is its directory.
                     Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
                 }
@@ -168,6 +169,17 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
     match failed {
         None => Ok(0),
         Some(_) => Err(Failure::new(FAILED, "not all of them were stopped")),
+    }
+}
+
+/// Ends a VM; what its guest wrote to disks is there before it goes.
+fn end(mut vm: Vm) {
+    if !holds_disks(&vm) {
+        return vm.destroy();
+    }
+    match vm.wake() {
+        Ok(agent) => Guest::new(vm, agent).stop(),
+        Err(e) => log::warn!("its disks may lack what it wrote last: {}", chain(&e)),
     }
 }
 

@@ -4,6 +4,7 @@
 //! `main` and a signal that comes before there is anything to clean up.
 
 pub mod args;
+mod attach;
 mod bench;
 mod claimed;
 mod config;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::args::{Common, Exec, Get, Process, Run};
+use super::attach::Attachments;
 use super::claimed::find_vm;
 use super::output::{Failure, IN_VMCACHE, USAGE};
 use super::progress::Progress;
@@ -82,14 +83,16 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         check_root(root)?;
     }
     let session = Session::start()?;
+    let attachments = Attachments::open(r)?;
     let wanted = r.size.within(r.wait);
-    let guest: Guest = match r.cold {
+    let mut guest: Guest = match r.cold {
         true => cold(common, r, &wanted, &session)?,
         false => claim(common, r, &wanted, &session)?,
     };
     if let Some(why) = guest.fallback() {
         eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
     }
+    attachments.attach(&mut guest)?;
     let timeout = r.process.timeout.map(Duration::from_secs);
     let running = match &r.rootfs {
         Some(root) => {
@@ -98,13 +101,14 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
             drop(progress);
             guest.spawn_in_root(&command)?
         }
+        None if attachments.root() => guest.spawn_in_root(&command)?,
         None => guest.spawn(&command)?,
     };
     let ended = session.attach(&running, terminal, timeout)?;
     if r.keep {
         session.release();
         if ended.known {
-            let _ = guest.remove(crate::workload::MAIN);
+            guest.tidy();
         }
         eprintln!("{}", guest.vm().id());
         guest.keep().let_go();

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::Message;
@@ -22,7 +21,7 @@ use super::cgroup::Cgroup;
 use super::failure::{Attempt, Failure, Outcome};
 use super::process::{Ends, Process};
 use super::stage::{code_of, INIT};
-use super::{reaper, RUN_DIR};
+use super::{reaper, storage, RUN_DIR};
 use crate::proto::agent::Storage;
 use crate::proto::oci::{self, Spec};
 
@@ -89,7 +88,7 @@ impl Container {
 
     fn set_up(&mut self, id: &str, spec: &mut Spec, storages: &[Storage]) -> Outcome<()> {
         for storage in storages {
-            self.mounts.push(attach(storage)?);
+            self.mounts.push(storage::attach(storage)?);
         }
         let linux = spec.Linux.mut_or_insert_default();
         if let Some(resources) = linux.Resources.as_ref() {
@@ -198,35 +197,8 @@ impl Container {
             sleep(EMPTYING);
         }
         for path in self.mounts.drain(..).rev() {
-            umount2(&path, MntFlags::MNT_DETACH)
-                .during(|| format!("unmount {}", path.display()))?;
+            storage::detach(&path)?;
         }
         fs::remove_dir_all(&self.dir).during(|| format!("remove {}", self.dir.display()))
     }
-}
-
-/// Mounts a storage of CreateContainer or CreateSandbox in the guest.
-pub fn attach(s: &Storage) -> Outcome<PathBuf> {
-    let target = PathBuf::from(&s.mount_point);
-    let attempt = || format!("mount {} ({}) on {}", s.source, s.fstype, s.mount_point);
-    fs::create_dir_all(&target).during(attempt)?;
-    let mut flags = MsFlags::empty();
-    let mut data = Vec::new();
-    for option in &s.options {
-        match option.as_str() {
-            "ro" => flags |= MsFlags::MS_RDONLY,
-            "bind" => flags |= MsFlags::MS_BIND,
-            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
-            "nosuid" => flags |= MsFlags::MS_NOSUID,
-            "nodev" => flags |= MsFlags::MS_NODEV,
-            "noexec" => flags |= MsFlags::MS_NOEXEC,
-            "rw" | "defaults" => {}
-            other => data.push(other),
-        }
-    }
-    let data = data.join(",");
-    let data = (!data.is_empty()).then_some(data.as_str());
-    let kind = (!s.fstype.is_empty()).then_some(s.fstype.as_str());
-    mount(Some(s.source.as_str()), &target, kind, flags, data).during(attempt)?;
-    Ok(target)
 }

@@ -40,6 +40,7 @@ mod sandbox;
 mod service;
 mod stage;
 mod stats;
+mod storage;
 mod unpack;
 mod user;
 

@@ -5,6 +5,8 @@
 //! but those that the kernel made itself.
 
 use std::net::IpAddr;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use netlink_packet_core::{
     NetlinkHeader, NetlinkMessage, NetlinkPayload, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP,
@@ -20,6 +22,7 @@ use netlink_sys::{protocols::NETLINK_ROUTE, Socket, SocketAddr};
 use ttrpc::Code;
 
 use super::failure::{Attempt, Failure, Outcome};
+use super::storage::{COMING, LOOK};
 use crate::proto::types::{IPAddress, IPFamily, Interface, Route};
 
 /// Most messages read of one dump.
@@ -201,21 +204,34 @@ fn address_of(a: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
+/// The interface that is meant; one that is named by a PCI path was just plugged
+/// in, and may be yet to come.
+fn find(netlink: &mut Netlink, wanted: &Interface) -> Outcome<LinkMessage> {
+    let hw = wanted.hwAddr.to_lowercase();
+    let within = if wanted.devicePath.is_empty() { Duration::ZERO } else { COMING };
+    let deadline = Instant::now() + within;
+    loop {
+        let found = netlink.links()?.into_iter().find(|l| match hw.is_empty() {
+            false => hardware(l) == hw,
+            true => name_of(l) == wanted.name || name_of(l) == wanted.device,
+        });
+        if let Some(link) = found {
+            return Ok(link);
+        }
+        if Instant::now() >= deadline {
+            let name = &wanted.name;
+            return Err(Failure::not_found(format!(
+                "no interface with hardware address {hw:?} or name {name:?}"
+            )));
+        }
+        sleep(LOOK);
+    }
+}
+
 /// Gives an interface its name, MTU and addresses, and brings it up.
 pub fn update_interface(wanted: &Interface) -> Outcome<()> {
     let mut netlink = Netlink::open()?;
-    let links = netlink.links()?;
-    let hw = wanted.hwAddr.to_lowercase();
-    let found = links.iter().find(|l| match hw.is_empty() {
-        false => hardware(l) == hw,
-        true => name_of(l) == wanted.name || name_of(l) == wanted.device,
-    });
-    let link = found.ok_or_else(|| {
-        Failure::not_found(format!(
-            "no interface with hardware address {hw:?} or name {:?}",
-            wanted.name
-        ))
-    })?;
+    let link = &find(&mut netlink, wanted)?;
     let index = link.header.index;
     let was = name_of(link).to_string();
     for old in netlink.addresses()? {

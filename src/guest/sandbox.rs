@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use nix::mount::{umount2, MntFlags};
 use nix::unistd::sethostname;
 
-use super::container::{attach, Container};
+use super::container::Container;
 use super::failure::{Attempt, Failure, Outcome};
 use super::process::Process;
+use super::storage;
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 use crate::proto::oci;
 
@@ -58,8 +58,7 @@ impl Sandbox {
             std::fs::write("/etc/resolv.conf", lines).during(|| "write /etc/resolv.conf")?;
         }
         for storage in &request.storages {
-            let mounted = attach(storage)?;
-            table.mounts.push(mounted);
+            table.mounts.push(storage::attach(storage)?);
         }
         table.id = Some(request.sandbox_id.clone());
         Ok(())
@@ -73,8 +72,7 @@ impl Sandbox {
             lock(&container).remove(Duration::ZERO)?;
         }
         for path in table.mounts.drain(..).rev() {
-            umount2(&path, MntFlags::MNT_DETACH)
-                .during(|| format!("unmount {}", path.display()))?;
+            storage::detach(&path)?;
         }
         table.id = None;
         Ok(())

@@ -9,4 +9,6 @@ pub mod guest;
 pub mod process;
 #[cfg(feature = "host")]
 pub mod rpc;
+#[cfg(feature = "host")]
+pub mod tap;
 pub mod terminal;

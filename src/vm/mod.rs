@@ -10,6 +10,7 @@
 //! never shared. Dropping it kills QEMU and removes its directory, so every
 //! error path cleans up; only [`Vm::let_go`] leaves it running.
 
+pub mod attach;
 pub mod boot;
 pub mod config;
 mod console;

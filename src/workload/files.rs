@@ -77,7 +77,7 @@ fn start(guest: &Guest, command: &Command) -> Result<(Running, String), Error> {
     })?;
     let name = format!("copy-{}", &fresh[..8]);
     // Always in the guest's own root: that is where the agent is.
-    guest.launch(command, &name, "/").map(|running| (running, name))
+    guest.launch_beside(command, &name).map(|running| (running, name))
 }
 
 fn complaints(running: &Running) -> Result<Worker<String>, Error> {

@@ -6,6 +6,7 @@
 //!
 //! Invariant: dropping a [`Guest`] destroys its VM; [`Guest::keep`] leaves it.
 
+mod attached;
 mod command;
 mod files;
 mod running;
@@ -19,21 +20,26 @@ use std::time::Duration;
 
 use serde_derive::{Deserialize, Serialize};
 
+pub use attached::Place;
 pub use command::Command;
 pub use files::{copy_in, copy_out, send_root};
 pub use running::{Running, StreamReader, StreamWriter};
 
+use attached::Attached;
+
 use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent, ProcessId};
 use crate::factory::Obtained;
-use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
+use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use crate::tree;
-use crate::vm::{identity, Vm};
+use crate::vm::{attach, identity, Vm};
 
 /// Name of the container in which [`Guest::spawn`] runs the first command.
 pub const MAIN: &str = "main";
 /// Where a root file system from the host is unpacked in the guest.
 pub const GUEST_ROOT: &str = "/run/vmcache/rootfs";
+/// The guest's own root.
+const OWN_ROOT: &str = "/";
 /// Beside a VM's ledger: which container later commands join.
 const NOTE: &str = "workload.json";
 
@@ -49,6 +55,8 @@ pub enum Error {
     NotExecutable { text: String },
     /// Local files.
     Tree(tree::Error),
+    /// What was to be attached is not there, or QEMU did not take it.
+    Attach(attach::Error),
     /// The local system.
     Io { during: &'static str, path: PathBuf, source: io::Error },
     /// The guest's side of a copy failed.
@@ -61,6 +69,8 @@ impl fmt::Display for Error {
             Error::Agent(_) => f.write_str("run in the VM"),
             Error::NotFound { text } | Error::NotExecutable { text } => f.write_str(text),
             Error::Tree(_) => f.write_str("copy files"),
+            // Its own text says it all.
+            Error::Attach(e) => e.fmt(f),
             Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
             Error::Copy { text } => write!(f, "copy files: {text}"),
         }
@@ -72,6 +82,7 @@ impl error::Error for Error {
         match self {
             Error::Agent(e) => Some(e),
             Error::Tree(e) => Some(e),
+            Error::Attach(e) => e.source(),
             Error::Io { source, .. } => Some(source),
             _ => None,
         }
@@ -93,10 +104,27 @@ fn start_error(e: agent::Error) -> Error {
 }
 
 /// What later commands need to know of the VM's workload.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Note {
     container: String,
     root: String,
+    /// Whether disks are mounted as long as the container exists.
+    #[serde(default)]
+    disks: bool,
+    /// Whether the guest's resolvers are to be seen in that root.
+    #[serde(default)]
+    resolvers: bool,
+}
+
+/// Whether a VM's guest has disks of the host mounted, whose last bytes it may
+/// not have written yet: it must then be ended by [`Guest::stop`].
+pub fn holds_disks(vm: &Vm) -> bool {
+    note(vm).is_some_and(|n| n.disks)
+}
+
+fn note(vm: &Vm) -> Option<Note> {
+    let bytes = std::fs::read(vm.dir().join(NOTE)).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// A VM that is awake.
@@ -104,18 +132,19 @@ pub struct Guest {
     vm: Vm,
     agent: Arc<KataAgent>,
     fallback: Option<String>,
+    attached: Attached,
 }
 
 impl From<Obtained> for Guest {
     fn from(o: Obtained) -> Guest {
-        Guest { vm: o.vm, agent: Arc::new(o.agent), fallback: o.fallback }
+        Guest { fallback: o.fallback, ..Guest::new(o.vm, o.agent) }
     }
 }
 
 impl Guest {
     /// A VM whose agent is connected.
     pub fn new(vm: Vm, agent: KataAgent) -> Guest {
-        Guest { vm, agent: Arc::new(agent), fallback: None }
+        Guest { vm, agent: Arc::new(agent), fallback: None, attached: Attached::default() }
     }
 
     /// The VM.
@@ -139,10 +168,11 @@ impl Guest {
     /// [`Error::NotFound`] and [`Error::NotExecutable`] when the program is the
     /// matter.
     pub fn spawn(&self, command: &Command) -> Result<Running, Error> {
-        self.spawn_in(command, MAIN, "/")
+        self.spawn_in(command, MAIN, OWN_ROOT)
     }
 
-    /// The same with a root that [`send_root`] brought into the guest.
+    /// The same with the root that [`send_root`] brought into the guest, or
+    /// [`Guest::attach_disk`] as [`Place::Root`].
     ///
     /// # Errors
     /// As [`Guest::spawn`].
@@ -151,7 +181,12 @@ impl Guest {
     }
 
     fn spawn_in(&self, command: &Command, container: &str, root: &str) -> Result<Running, Error> {
-        let note = Note { container: container.to_string(), root: root.to_string() };
+        let note = Note {
+            container: container.to_string(),
+            root: root.to_string(),
+            disks: self.attached.disks(),
+            resolvers: self.attached.resolvers() && root != OWN_ROOT,
+        };
         let path = self.vm.dir().join(NOTE);
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
         std::fs::write(&path, bytes).map_err(|source| Error::Io {
@@ -159,34 +194,41 @@ impl Guest {
             path: path.clone(),
             source,
         })?;
-        self.launch(command, container, root)
+        self.launch(command, &note, self.attached.storages(root))
     }
 
-    /// Makes a container and starts it.
-    pub(crate) fn launch(
+    /// Makes a container as the note says and starts it.
+    fn launch(
         &self,
         command: &Command,
-        container: &str,
-        root: &str,
+        note: &Note,
+        storages: Vec<Storage>,
     ) -> Result<Running, Error> {
         let sandbox = CreateSandboxRequest {
             sandbox_id: self.vm.id().to_string(),
             hostname: format!("vm-{}", self.vm.id().get(..8).unwrap_or("guest")),
+            dns: self.attached.dns(),
             ..CreateSandboxRequest::default()
         };
         match self.agent.create_sandbox(sandbox) {
             Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) | Ok(()) => {}
             Err(e) => return Err(Error::Agent(e)),
         }
+        let mut spec = command.spec(&note.root);
+        if note.resolvers {
+            spec.Mounts.push(attached::resolvers_mount());
+        }
+        let container = &note.container;
         let request = CreateContainerRequest {
-            container_id: container.to_string(),
-            exec_id: container.to_string(),
-            OCI: Some(command.spec(root)).into(),
+            container_id: container.clone(),
+            exec_id: container.clone(),
+            storages,
+            OCI: Some(spec).into(),
             ..CreateContainerRequest::default()
         };
         self.agent.create_container(request).map_err(start_error)?;
         self.agent.start_container(container).map_err(Error::Agent)?;
-        let id = ProcessId { container: container.to_string(), exec: String::new() };
+        let id = ProcessId { container: container.clone(), exec: String::new() };
         Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal()))
     }
 
@@ -202,30 +244,33 @@ impl Guest {
             source,
         })?;
         let name = format!("exec-{}", &fresh[..8]);
-        let note = std::fs::read(self.vm.dir().join(NOTE)).ok();
-        let note: Option<Note> = note.and_then(|b| serde_json::from_slice(&b).ok());
-        let Some(note) = note else { return self.launch(command, &name, "/") };
+        let Some(note) = note(&self.vm) else { return self.launch_beside(command, &name) };
         let id = ProcessId { container: note.container.clone(), exec: name.clone() };
+        let anew = Note { container: name, ..note };
         match self.agent.exec_process(&id, command.process()) {
             Ok(()) => Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal())),
             // Its command has ended, or it is gone: the root is still there.
             Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
-                self.launch(command, &name, &note.root)
+                self.launch(command, &anew, Vec::new())
             }
             Err(agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. })
                 if text.contains("no container") =>
             {
-                self.launch(command, &name, &note.root)
+                self.launch(command, &anew, Vec::new())
             }
             Err(e) => Err(start_error(e)),
         }
     }
 
+    /// Makes a container in the guest's own root and starts it.
+    pub(crate) fn launch_beside(&self, command: &Command, name: &str) -> Result<Running, Error> {
+        let note = Note { container: name.into(), root: OWN_ROOT.into(), ..Note::default() };
+        self.launch(command, &note, Vec::new())
+    }
+
     /// Where the workload's root is in the guest.
     pub fn root(&self) -> String {
-        let note = std::fs::read(self.vm.dir().join(NOTE)).ok();
-        let note: Option<Note> = note.and_then(|b| serde_json::from_slice(&b).ok());
-        note.map_or("/".to_string(), |n| n.root)
+        note(&self.vm).map_or(OWN_ROOT.to_string(), |n| n.root)
     }
 
     /// Removes a container whose command has ended.
@@ -236,8 +281,27 @@ impl Guest {
         self.agent.remove_container(container, Duration::from_secs(10)).map_err(Error::Agent)
     }
 
-    /// Destroys the VM; the same as dropping this.
-    pub fn stop(self) {}
+    /// Removes the workload's container, if it may go before the VM does: not
+    /// when it holds disks, which are then still wanted.
+    pub fn tidy(&self) {
+        if note(&self.vm).is_some_and(|n| !n.disks) {
+            let _ = self.remove(MAIN);
+        }
+    }
+
+    /// Destroys the VM, once what it wrote to its disks is there; dropping this
+    /// destroys it as a power cut would.
+    pub fn stop(self) {
+        let Some(note) = note(&self.vm).filter(|n| n.disks) else { return };
+        if let Err(e) = self.remove(&note.container) {
+            log::warn!(
+                "VM {}: its disks could not be unmounted before its end, and may lack what it \
+                 wrote last: {}",
+                self.vm.id(),
+                crate::report::chain(&e)
+            );
+        }
+    }
 
     /// Leaves the VM running; whoever knows its id owns it now.
     pub fn keep(self) -> Vm {

@@ -7,6 +7,7 @@
 //! | `wire`      | the four calls and their JSON, as Kata's clients see them |
 //! | `run`       | commands: streams, exit codes, signals, terminal, users, sizes |
 //! | `rootfs`    | a Debian root as a directory and as a tar |
+//! | `attach`    | disks and network cards at claim time, and what is wrong with them |
 //! | `claimed`   | exec, cp, ps, stats, pause, resume, list, stop |
 //! | `guest`     | every agent call; four clients at once; a client that dies |
 //! | `faults`    | what can be wrong, each with its error and exit code |
@@ -21,6 +22,7 @@
 
 #![allow(clippy::disallowed_methods)] // Tests start processes and threads.
 
+mod attach;
 mod claimed;
 mod daemon;
 mod deaths;

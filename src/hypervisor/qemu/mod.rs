@@ -1,6 +1,8 @@
-//! QEMU: its command line (pure), its process, its monitor (QMP), migration, hotplug.
+//! QEMU: its command line (pure), its process, its monitor (QMP), migration, what is
+//! added while it runs.
 
 pub mod argv;
+pub mod devices;
 pub mod hotplug;
 pub mod migrate;
 pub mod process;

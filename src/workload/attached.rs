@@ -1,0 +1,143 @@
+//! Disks and network cards that a guest gets when it is claimed: plugged in,
+//! found by its agent through their PCI path or hardware address, mounted and
+//! configured.
+//!
+//! Invariants: disks are mounted as long as the first command's container
+//! exists; a guest that did not get what it was to have must be destroyed.
+//!
+//! Source: Kata's agent.proto; storage driver `blk`, whose source is a PCI path.
+
+use super::{Error, Guest, GUEST_ROOT, OWN_ROOT};
+use crate::agent::Agent;
+use crate::proto::agent::Storage;
+use crate::proto::oci::Mount;
+use crate::proto::types::{IPAddress, IPFamily, Interface, Route};
+use crate::vm::attach::{Disk, Nic};
+
+/// Where resolvers are told.
+const RESOLVERS: &str = "/etc/resolv.conf";
+
+/// Where a disk is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// As the command's root ([`Guest::spawn_in_root`]).
+    Root,
+    /// In this directory of the command's root, an absolute path.
+    Directory(String),
+}
+
+/// What was attached so far.
+#[derive(Default)]
+pub(super) struct Attached {
+    disks: Vec<(Storage, Place)>,
+    nics: usize,
+    routes: Vec<Route>,
+    dns: Vec<String>,
+}
+
+impl Attached {
+    pub fn disks(&self) -> bool {
+        !self.disks.is_empty()
+    }
+
+    pub fn resolvers(&self) -> bool {
+        !self.dns.is_empty()
+    }
+
+    /// Lines of resolv.conf(5).
+    pub fn dns(&self) -> Vec<String> {
+        self.dns.clone()
+    }
+
+    /// What is to be mounted for a container with this root; the root first.
+    pub fn storages(&self, root: &str) -> Vec<Storage> {
+        let mut out = Vec::new();
+        for (storage, place) in &self.disks {
+            let mut storage = storage.clone();
+            match place {
+                Place::Root => {
+                    storage.mount_point = GUEST_ROOT.into();
+                    out.insert(0, storage);
+                }
+                Place::Directory(dir) => {
+                    let root = if root == OWN_ROOT { "" } else { root };
+                    storage.mount_point = format!("{root}{dir}");
+                    out.push(storage);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// The guest's resolvers in a container with a root of its own.
+pub(super) fn resolvers_mount() -> Mount {
+    Mount {
+        destination: RESOLVERS.into(),
+        source: RESOLVERS.into(),
+        type_: "bind".into(),
+        options: ["bind", "ro"].map(str::to_string).to_vec(),
+        ..Mount::default()
+    }
+}
+
+impl Guest {
+    /// Plugs a disk in, to be mounted when the next command is spawned. Its file
+    /// system is found out by the guest.
+    ///
+    /// # Errors
+    /// [`Error::Attach`]; the VM is then of no use.
+    pub fn attach_disk(&mut self, disk: &Disk, place: Place) -> Result<(), Error> {
+        let path = self.vm.attach_disk(disk).map_err(Error::Attach)?;
+        let storage = Storage {
+            driver: "blk".into(),
+            source: path,
+            options: disk.read_only().then(|| "ro".to_string()).into_iter().collect(),
+            ..Storage::default()
+        };
+        self.attached.disks.push((storage, place));
+        Ok(())
+    }
+
+    /// Plugs a network card in and has the guest configure it, as `eth0`,
+    /// `eth1` and so on.
+    ///
+    /// # Errors
+    /// [`Error::Attach`], or [`Error::Agent`] when the guest does not take it;
+    /// the VM is then of no use.
+    pub fn attach_nic(&mut self, nic: &Nic) -> Result<(), Error> {
+        let path = self.vm.attach_nic(nic).map_err(Error::Attach)?;
+        let wanted = nic.wanted();
+        let name = format!("eth{}", self.attached.nics);
+        let family = |v4| if v4 { IPFamily::v4 } else { IPFamily::v6 };
+        let addresses = wanted.addresses.iter().map(|(ip, prefix)| IPAddress {
+            family: family(ip.is_ipv4()).into(),
+            address: ip.to_string(),
+            mask: prefix.to_string(),
+            ..IPAddress::default()
+        });
+        let interface = Interface {
+            device: name.clone(),
+            name: name.clone(),
+            IPAddresses: addresses.collect(),
+            mtu: wanted.mtu.unwrap_or(0).into(),
+            hwAddr: nic.mac().into(),
+            devicePath: path,
+            ..Interface::default()
+        };
+        self.agent.update_interface(interface).map_err(Error::Agent)?;
+        self.attached.nics += 1;
+        if let Some(gateway) = wanted.gateway {
+            self.attached.routes.push(Route {
+                gateway: gateway.to_string(),
+                device: name,
+                family: family(gateway.is_ipv4()).into(),
+                ..Route::default()
+            });
+            // The call replaces all of them.
+            self.agent.update_routes(self.attached.routes.clone()).map_err(Error::Agent)?;
+        }
+        self.attached.dns.extend(wanted.dns.iter().map(|ip| format!("nameserver {ip}")));
+        Ok(())
+    }
+}
