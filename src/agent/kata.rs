@@ -5,10 +5,11 @@
 //! containerd.
 
 use std::net::Shutdown;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use ttrpc::context::{with_duration, Context};
 use ttrpc::Code;
 
@@ -20,6 +21,7 @@ use crate::proto::health::{CheckRequest, HealthCheckResponse};
 use crate::proto::health_ttrpc::HealthClient;
 use crate::proto::oci::{LinuxResources, Process};
 use crate::proto::types::{Interface, Route};
+use crate::transport::serial::FAREWELL;
 
 /// Deadline of a call that does not wait for a process.
 pub const CALL: Duration = Duration::from_secs(30);
@@ -61,6 +63,15 @@ impl KataAgent {
     /// [`Error::Connect`] when nothing answers.
     pub fn await_boot(address: &Address, within: Duration) -> Outcome<KataAgent> {
         KataAgent::over(address.connect(within, within)?)
+    }
+
+    /// Ends the connection and waits, but not for long, until the guest has closed
+    /// its end: what it does for that is then not left for whoever wakes it.
+    pub fn leave(self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let hung_up = PollFd::new(self.stream.as_fd(), PollFlags::empty());
+        let timeout = PollTimeout::try_from(FAREWELL).unwrap_or(PollTimeout::MAX);
+        let _ = poll(&mut [hung_up], timeout);
     }
 
     fn over(stream: UnixStream) -> Outcome<KataAgent> {

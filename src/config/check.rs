@@ -139,6 +139,14 @@ impl Config {
     fn check_choices(&mut self) -> Result<(), Error> {
         if self.flag(FACTORY, "enable_template") {
             self.check_template()?;
+            if self.flag(QEMU, "reclaim_guest_freed_memory") {
+                let place = self.place(QEMU, "reclaim_guest_freed_memory");
+                let line = format!(
+                    "{place}: reclaim_guest_freed_memory has no effect on clones \
+                     (enable_template): their memory is their template's"
+                );
+                self.warnings.push(line);
+            }
         }
         if !self.text(QEMU, "image").is_empty() {
             let why = "guests from a disk image are not supported by this version: use initrd";

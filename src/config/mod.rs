@@ -250,6 +250,15 @@ impl Config {
         self.changed(cpus.into_iter().chain(memory))
     }
 
+    /// The same configuration with guests giving back what memory they do not use,
+    /// or not.
+    ///
+    /// # Errors
+    /// None that the value can cause.
+    pub fn giving_back(&self, yes: bool) -> Result<Config, Error> {
+        self.changed([(QEMU, "reclaim_guest_freed_memory", Value::Flag(yes))].into_iter())
+    }
+
     /// The same configuration for another socket.
     ///
     /// # Errors

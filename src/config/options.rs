@@ -60,7 +60,7 @@ pub const PROXY: &str = "proxy.kata";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 42] = [
+pub static OPTIONS: [Opt; 43] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -85,6 +85,13 @@ pub static OPTIONS: [Opt; 42] = [
     opt(QEMU, "file_mem_backend", Text(""), "directory for guest memory in files"),
     opt(QEMU, "enable_hugepages", Flag(false), "guest memory from /dev/hugepages"),
     opt(QEMU, "enable_mem_prealloc", Flag(false), "take all of a guest's memory at its start"),
+    opt(
+        QEMU,
+        "reclaim_guest_freed_memory",
+        Flag(false),
+        "guests give memory back that they do not use: once before they wait in the pool, and all \
+         the time they run (not clones, whose memory is their template's)",
+    ),
     opt(
         QEMU,
         "enable_swap",

@@ -64,6 +64,10 @@ fn an_unknown_key_in_katas_table_is_a_warning() {
     let c = parse("[hypervisor.qemu]\nnew_thing = 1\n").unwrap();
     assert_eq!(c.warnings.len(), 1);
     assert!(c.warnings[0].contains("/etc/c.toml:2"));
+    let c = parse(
+        "[hypervisor.qemu]\nreclaim_guest_freed_memory = true\n[factory]\nenable_template = true\n",
+    );
+    assert!(c.unwrap().warnings[0].contains("/etc/c.toml:2: reclaim_guest_freed_memory has no"));
 }
 
 #[test]

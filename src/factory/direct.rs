@@ -27,7 +27,7 @@ impl BaseFactory for Direct {
     }
 
     fn get_base_vm(&self, _within: Option<Duration>) -> Result<Vm, Error> {
-        boot(&self.config, &Purpose::Own { leased: false }, &mut |_, _| {})
+        boot(&self.config, &Purpose::Own { leased: false, waits: false }, &mut |_, _| {})
             .map_err(|e| Error::Boot(Box::new(e)))
     }
 
@@ -59,7 +59,7 @@ pub fn cold(
             born(&store.join(id), qemu);
         }
     };
-    let mut vm = boot(&sized, &Purpose::Own { leased }, &mut started)
+    let mut vm = boot(&sized, &Purpose::Own { leased, waits: false }, &mut started)
         .map_err(|e| Error::Boot(Box::new(e)))?;
     let agent = vm.wake().map_err(Error::Vm)?;
     Ok((vm, agent))

@@ -108,6 +108,14 @@ impl Port {
         }
         write_frame(&mut guard.0, kind, session, bytes)
     }
+
+    /// From now on nobody may write until there is a session again: a write would
+    /// wait for a host end. One that waits already goes on with the next one.
+    fn forget(&self) {
+        if let Ok(mut guard) = self.writer.try_lock() {
+            guard.1 = 0;
+        }
+    }
 }
 
 fn serve_port(device: &Path, socket: &str) -> io::Result<()> {
@@ -121,6 +129,9 @@ fn serve_port(device: &Path, socket: &str) -> io::Result<()> {
         let seen = changes();
         match reader.read(&mut chunk) {
             Ok(0) => {
+                // The host's end is closed; what comes next is another's.
+                port.forget();
+                close(session.take());
                 wait_for_change(seen);
                 continue;
             }
@@ -140,7 +151,13 @@ fn serve_port(device: &Path, socket: &str) -> io::Result<()> {
                         close(session.take());
                     }
                 }
-                Kind::Welcome | Kind::Bye => {}
+                // The session's thread says it back when all is closed.
+                Kind::Bye => {
+                    if session.as_ref().is_some_and(|(id, _)| *id == frame.session) {
+                        close(session.take());
+                    }
+                }
+                Kind::Welcome => {}
             }
         }
     }

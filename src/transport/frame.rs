@@ -15,6 +15,8 @@
 //!  | FILLER zeros, HELLO(session) ──────► |  ends an older session
 //!  | ◄─────────────── WELCOME(session)    |
 //!  | ◄──────────────► DATA(session, …)    |
+//!  | BYE(session) ──────────────────────► |  either may begin;
+//!  | ◄───────────────────── BYE(session)  |  the guest's closes it
 //! ```
 //!
 //! Invariants: the zeros before HELLO are as long as the longest frame, so

@@ -5,8 +5,8 @@
 //! the lock goes with its holder, however that ends.
 //!
 //! Invariants: a connection gets only bytes of its own session (see
-//! [`frame`](super::frame)); it ends when either end closes; both pump threads
-//! end with it.
+//! [`frame`](super::frame)); it ends when either end closes, the guest being told
+//! and given a moment to close its own; both pump threads end with it.
 
 use std::error;
 use std::fmt;
@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 
@@ -29,6 +30,8 @@ use crate::worker::{self, Worker};
 
 /// Pause between looks at ports that are all taken.
 const RETRY: Duration = Duration::from_millis(10);
+/// How long a guest may take to say good-bye.
+pub const FAREWELL: Duration = Duration::from_millis(500);
 /// Most bytes of older sessions that are skipped before the guest's welcome.
 const MAX_SKIP: usize = 4 * 1024 * 1024;
 
@@ -261,6 +264,8 @@ fn pump(
     let (mut to_guest, mut from_client) =
         (port.try_clone().map_err(Pump::Io)?, ours.try_clone().map_err(Pump::Io)?);
     let (mut from_guest, mut to_client) = (port, ours);
+    // Never filled: it only tells, by closing, that the guest has said good-bye.
+    let (ending, ended) = bounded::<()>(1);
     Worker::spawn("vmc-port-tx", move || {
         let mut chunk = vec![0; MAX_PAYLOAD];
         loop {
@@ -274,11 +279,15 @@ fn pump(
                 _ => break,
             }
         }
+        if write_frame(&mut to_guest, Kind::Bye, session, &[]).is_ok() {
+            let _ = ended.recv_timeout(FAREWELL);
+        }
         let _ = to_guest.shutdown(Shutdown::Both);
         let _ = from_client.shutdown(Shutdown::Both);
     })
     .map_err(Pump::Thread)?;
     Worker::spawn("vmc-port-rx", move || {
+        let _ending = ending;
         let mut frames = Deframer::new();
         frames.push(&rest);
         while let Ok(Some(frame)) = frames.read_frame(&mut from_guest) {

@@ -23,15 +23,21 @@ use super::Vm;
 use crate::agent::address::Address;
 use crate::agent::kata::KataAgent;
 use crate::agent::Agent;
+use crate::config::options::QEMU;
 use crate::config::Config;
 use crate::host;
 use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+use crate::hypervisor::qemu::balloon;
 use crate::hypervisor::qemu::migrate;
 use crate::hypervisor::qemu::process::Process;
 use crate::hypervisor::qemu::qmp::Qmp;
 
 /// How long a QEMU that has gone silent may take to be dead of itself.
 const LAST_BREATH: Duration = Duration::from_millis(300);
+
+/// How long a template's guest comes to rest before it is saved: Linux measures
+/// its clock for one second before it trusts it.
+const SETTLE: Duration = Duration::from_millis(1500);
 
 /// Who will own a VM.
 #[derive(Clone, Debug)]
@@ -41,8 +47,8 @@ pub enum Purpose {
     /// configuration says so.
     Pool { endpoint: String },
     /// This process; with `leased`, the kernel ends QEMU when the thread that
-    /// booted it ends.
-    Own { leased: bool },
+    /// booted it ends; with `waits`, it is made as for a pool.
+    Own { leased: bool, waits: bool },
 }
 
 /// Boots a VM.
@@ -58,13 +64,19 @@ pub fn boot(
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
     let connected = Spawned::start(config, purpose, Base::None, started)?.connect()?;
-    connected.await_guest()?.settle(pauses(config, purpose))
+    let mut guest = connected.await_guest()?;
+    let pause = pauses(config, purpose);
+    if pause && config.flag(QEMU, "reclaim_guest_freed_memory") {
+        guest = guest.give_back()?;
+    }
+    guest.settle(pause)
 }
 
 /// Boots a VM to be a template: its memory in the file `memory`, its device
 /// state written into `state`, and itself gone when this returns.
 ///
-/// It has no identity: each clone gets its own. Gives QEMU's version.
+/// It has no identity: each clone gets its own. `warm` is what its guest does
+/// before, so that no clone needs to. Gives QEMU's version.
 ///
 /// # Errors
 /// [`BootError`]; the files are then of no use.
@@ -72,32 +84,45 @@ pub fn boot_template(
     config: &Config,
     memory: &File,
     state: &File,
+    warm: &dyn Fn(&dyn Agent),
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<String, BootError> {
-    let purpose = Purpose::Own { leased: true };
+    let purpose = Purpose::Own { leased: true, waits: false };
     let base = Base::Template(memory);
-    Spawned::start(config, &purpose, base, started)?.connect()?.await_guest()?.save(state)
+    let guest = Spawned::start(config, &purpose, base, started)?.connect()?.await_guest()?;
+    warm(&guest.agent);
+    guest.save(state)
 }
 
-/// Starts a clone of a template: `memory` is shared until it is written to, and
-/// `state`, read from its beginning, says where the template stood.
+/// What a clone starts from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// The template's memory, shared until it is written to.
+    pub memory: &'a File,
+    /// The kernel's head, where it has one ([`crate::hypervisor::qemu::bzimage`]).
+    pub head: Option<&'a File>,
+    /// Read from its beginning, says where the template stood.
+    pub state: &'a File,
+}
+
+/// Starts a clone of a template.
 ///
 /// # Errors
 /// [`BootError`], with nothing left behind.
 pub fn boot_clone(
     config: &Config,
     purpose: &Purpose,
-    memory: &File,
-    state: &File,
+    origin: Origin<'_>,
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
-    let spawned = Spawned::start(config, purpose, Base::Clone(memory), started)?;
-    let guest = spawned.connect()?.load(state)?.await_guest()?;
+    let spawned = Spawned::start(config, purpose, Base::Clone(origin), started)?;
+    let guest = spawned.connect()?.load(origin.state)?.await_guest()?;
     guest.settle(pauses(config, purpose))
 }
 
 fn pauses(config: &Config, purpose: &Purpose) -> bool {
-    config.pause_idle() && matches!(purpose, Purpose::Pool { .. })
+    config.pause_idle()
+        && matches!(purpose, Purpose::Pool { .. } | Purpose::Own { waits: true, .. })
 }
 
 /// The clock of one boot.
@@ -122,8 +147,8 @@ enum Base<'a> {
     None,
     /// Nothing, but its memory will be a template's: this file.
     Template(&'a File),
-    /// A template with this memory.
-    Clone(&'a File),
+    /// A template.
+    Clone(Origin<'a>),
 }
 
 /// QEMU runs.
@@ -174,7 +199,7 @@ impl Spawned {
         let dir = VmDir::create(&config.store(), &id).map_err(directory)?;
         let (endpoint, leased) = match purpose {
             Purpose::Pool { endpoint } => (endpoint.clone(), false),
-            Purpose::Own { leased } => (String::new(), *leased),
+            Purpose::Own { leased, .. } => (String::new(), *leased),
         };
         let mut ledger = Ledger {
             id: id.clone(),
@@ -201,13 +226,20 @@ impl Spawned {
             memory: match base {
                 Base::None => Memory::Own,
                 Base::Template(file) => Memory::Template(file.as_raw_fd()),
-                Base::Clone(file) => Memory::Clone(file.as_raw_fd()),
+                Base::Clone(o) => Memory::Clone {
+                    memory: o.memory.as_raw_fd(),
+                    head: o.head.map(File::as_raw_fd),
+                },
             },
         };
         let args = argv(config, &names);
         let mut inherited = vec![monitor.as_fd()];
-        if let Base::Template(file) | Base::Clone(file) = base {
-            inherited.push(file.as_fd());
+        match base {
+            Base::None => {}
+            Base::Template(file) => inherited.push(file.as_fd()),
+            Base::Clone(o) => {
+                inherited.extend(o.head.into_iter().chain([o.memory]).map(File::as_fd))
+            }
         }
         let process = Process::spawn(&config.qemu(), &args, &inherited, leased)
             .map_err(|e| early(&id, Phase::Spawn, e.into()))?;
@@ -278,17 +310,37 @@ impl Connected {
     }
 }
 
+/// Lets a guest come to rest. Nothing tells when a kernel has done what it put off
+/// at boot; that it has is no more than a matter of speed.
+fn settle_down(monitor: &mut Qmp) {
+    let until = Instant::now() + SETTLE;
+    while monitor.next_event("nothing", until, SETTLE).is_ok() {}
+}
+
 impl Booted {
     fn save(self, state: &File) -> Result<String, BootError> {
         let Booted { connected: Connected { spawned, mut monitor }, agent, .. } = self;
-        // A session that is open now would be open in every clone.
-        drop(agent);
+        // A session that is open now would be open in every clone, and what the guest
+        // still has to do, for its end and for its boot, each of them would do.
+        agent.leave();
+        settle_down(&mut monitor);
         let within = spawned.clock.left();
         let saved =
             monitor.pause().and_then(|()| migrate::save(&mut monitor, state.as_fd(), within));
         match saved {
             Ok(()) => Ok(monitor.version().to_string()),
             Err(e) => Err(spawned.failed(Phase::State, e.into(), "")),
+        }
+    }
+
+    fn give_back(mut self) -> Result<Booted, BootError> {
+        match balloon::give_back(&mut self.connected.monitor) {
+            Ok(bytes) => {
+                let id = &self.connected.spawned.ledger.id;
+                log::debug!("VM {id} gave {} MiB back to the host", bytes >> 20);
+                Ok(self)
+            }
+            Err(e) => Err(self.connected.spawned.failed(Phase::Ready, e.into(), "")),
         }
     }
 
@@ -300,7 +352,7 @@ impl Booted {
         }
         // Its session must end before the VM stops, or the guest would hear of
         // that only when it runs again.
-        drop(agent);
+        agent.leave();
         if pause {
             if let Err(e) = monitor.pause() {
                 return Err(spawned.failed(Phase::Ready, e.into(), ""));

@@ -12,7 +12,7 @@ use crate::vm::identity;
 use crate::worker::Worker;
 
 /// The agent in its own guest.
-const AGENT: &str = "/sbin/vmcache-agent";
+pub(super) const AGENT: &str = "/sbin/vmcache-agent";
 /// Most bytes of the guest's complaint that are kept.
 const COMPLAINT: u64 = 4096;
 /// How long the reader of that complaint may take once its writer has ended.

@@ -127,6 +127,29 @@ fn note(vm: &Vm) -> Option<Note> {
     serde_json::from_slice(&bytes).ok()
 }
 
+/// Runs a command that does nothing and takes all of it away again: what a guest
+/// sets up with its first command is there afterwards.
+///
+/// # Errors
+/// [`Error::Agent`]; something of it may then be left.
+pub fn rehearse(agent: &dyn Agent) -> Result<(), Error> {
+    let within = Duration::from_secs(10);
+    let run = || {
+        agent.create_sandbox(CreateSandboxRequest::default())?;
+        agent.create_container(CreateContainerRequest {
+            container_id: MAIN.into(),
+            exec_id: MAIN.into(),
+            OCI: Some(Command::new(files::AGENT).arg("--version").spec(OWN_ROOT)).into(),
+            ..CreateContainerRequest::default()
+        })?;
+        agent.start_container(MAIN)?;
+        agent.wait_process(&ProcessId { container: MAIN.into(), exec: String::new() })?;
+        agent.remove_container(MAIN, within)?;
+        agent.destroy_sandbox()
+    };
+    run().map_err(Error::Agent)
+}
+
 /// A VM that is awake.
 pub struct Guest {
     vm: Vm,

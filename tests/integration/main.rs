@@ -14,6 +14,7 @@
 //! | `deaths`    | SIGKILL of clients, VMs and the server |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
+//! | `template_place` | its mount, its room, its creation cut short |
 //! | `readme`    | the README's table of options is the code's |
 //!
 //! `tests/run` prepares what they need and names it in `VMCACHE_TEST_DIR`;
@@ -33,5 +34,6 @@ mod readme;
 mod resize;
 mod rootfs;
 mod run;
+mod template_place;
 mod templates;
 mod wire;

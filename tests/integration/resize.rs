@@ -77,6 +77,31 @@ fn a_small_vm_becomes_a_large_one_and_its_size_is_known() {
     assert_nothing_left(&d.quit().0);
 }
 
+/// Proportional memory of a process, MiB.
+fn pss(pid: i64) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix("Pss:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[test]
+fn a_guest_gives_memory_back_before_it_waits_and_has_it_all_again() {
+    let prepared = require_qemu!();
+    let plain = Options::pool(&prepared, 1);
+    let mut giving = Options::pool(&prepared, 1);
+    giving.more_qemu = "reclaim_guest_freed_memory = true\n".into();
+    let seen = [&plain, &giving].map(|options| {
+        let d = Daemon::start(options);
+        let memory = pss(d.status()["vms"][0]["pid"].as_i64().unwrap());
+        let guest = seen(&d, &[]).1;
+        assert_nothing_left(&d.quit().0);
+        (memory, guest)
+    });
+    let [(before, whole), (after, again)] = seen;
+    assert_eq!(whole, again, "MiB in the guest");
+    assert!(after + 20 < before, "{before} MiB, {after} MiB with what was given back");
+}
+
 #[test]
 fn an_impossible_size_is_refused_and_no_vm_is_lost() {
     let prepared = require_qemu!();

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::daemon::{assert_nothing_left, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
@@ -43,6 +44,61 @@ fn every_clone_is_unique() {
     let id = d.ok(&["get"]).trim().to_string();
     assert_eq!(d.ok(&["exec", &id, "--", "cat", "/etc/machine-id"]).trim(), id.replace('-', ""));
     d.ok(&["stop", &id]);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn a_clones_clock_is_right_after_a_minutes_pause() {
+    let prepared = require_qemu!();
+    let dir = in_memory("clock");
+    let d = Daemon::start(&cloning(Options::pool(&prepared, 3), &dir));
+    std::thread::sleep(Duration::from_secs(60));
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    for _ in 0..3 {
+        let before = now();
+        // Of busybox, the one that shows microseconds.
+        let out = d.ok(&["run", "--", "adjtimex"]);
+        let field = |name: &str| -> f64 {
+            let line = out.lines().find_map(|l| l.trim().strip_prefix(name)).unwrap();
+            line.trim().parse().unwrap()
+        };
+        let guest = field("time.tv_sec:") + field("time.tv_usec:") / 1e6;
+        let after = now();
+        // It was read at some instant between.
+        assert!(
+            guest > before - 0.1 && guest < after + 0.1,
+            "guest {guest}, host {before} to {after}"
+        );
+    }
+    assert_nothing_left(&d.quit().0);
+}
+
+/// A fake: the real agent, in whose bytes the path of the random device is
+/// another, so that it refuses every reseed, as one on a broken guest would.
+#[test]
+fn a_clone_that_refuses_its_reseed_is_never_handed_out() {
+    let prepared = require_qemu!();
+    let dir = in_memory("refuses");
+    let mut options = cloning(Options::pool(&prepared, 2), &dir);
+    let mut initrd = fs::read(&options.initrd).unwrap();
+    let (from, to) = (b"/dev/urandom", b"/dev/missing");
+    let places: Vec<usize> =
+        (0..initrd.len() - from.len()).filter(|at| initrd[*at..].starts_with(from)).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        initrd[at..at + to.len()].copy_from_slice(to);
+    }
+    let fake = dir.0.join("initramfs.img");
+    fs::write(&fake, initrd).unwrap();
+    options.initrd = fake.display().to_string();
+    let d = Daemon::launch(&options, Dir::new());
+    let out = d.output(&["get", "--wait", "12"]);
+    assert_eq!(out.status.code(), Some(4), "{}", String::from_utf8_lossy(&out.stdout));
+    let status = d.status();
+    assert!(status["counters"]["boots_failed"].as_u64().unwrap() >= 2, "{status}");
+    assert_eq!(status["counters"]["boots"], 0, "{status}");
+    let error = status["last_error"].as_str().unwrap();
+    assert!(error.contains("open /dev/missing"), "{error}");
     assert_nothing_left(&d.quit().0);
 }
 

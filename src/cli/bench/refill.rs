@@ -27,7 +27,7 @@ const TENTH: usize = 9;
 /// Longest wait for VMs that are made at once.
 const LONG: Duration = Duration::from_secs(600);
 /// Made for the measurement, and gone with the thread that asked for it.
-const PURPOSE: Purpose = Purpose::Own { leased: true };
+const PURPOSE: Purpose = Purpose::Own { leased: true, waits: true };
 
 /// One way to make VMs, and what it took.
 #[derive(Default)]
@@ -48,33 +48,40 @@ pub fn bench(config: Config, b: &Bench, clones: usize) -> Result<u8, Failure> {
     let progress = Progress::start("making the template");
     template.create(&mut |_, _| {})?;
     drop(progress);
-    let (mut direct, mut cloned) = (Way::default(), Way::default());
+    let booting = Arc::new(config.giving_back(false)?);
+    let giving = config.giving_back(true)?;
+    let (mut direct, mut given) = (Way::default(), Way::default());
+    let mut cloned = Way::default();
     let progress = Progress::start("booting and cloning, one after the other");
     // In turn, so that what else the machine does is shared evenly.
     for n in 0..clones.max(b.cold) {
         if n < b.cold {
-            direct.make(|| boot(&config, &PURPOSE, &mut |_, _| {}))?;
+            direct.make(|| boot(&booting, &PURPOSE, &mut |_, _| {}))?;
+            given.make(|| boot(&giving, &PURPOSE, &mut |_, _| {}))?;
         }
         if n < clones {
             cloned.make(|| template.clone_vm(&PURPOSE, &mut |_, _| {}))?;
         }
     }
-    for way in [&mut direct, &mut cloned] {
+    for way in [&mut direct, &mut given, &mut cloned] {
         way.memory = way.vms.iter().map(|vm| memory(vm.pid())).collect();
     }
     drop(progress);
     let progress = Progress::start("running a command in each");
-    for way in [&mut direct, &mut cloned] {
-        way.run()?;
+    // In turn again, while there are both.
+    while [&mut direct, &mut given, &mut cloned].iter().any(|w| !w.vms.is_empty()) {
+        for way in [&mut direct, &mut given, &mut cloned] {
+            way.run_one()?;
+        }
     }
     drop(progress);
     let progress = Progress::start("booting and cloning, four at once");
-    let (booting, cloning) = (Arc::clone(&config), template);
+    let cloning = template;
     direct.at_once = Some(at_once(move || boot(&booting, &PURPOSE, &mut |_, _| {}).map(drop))?);
     let clone = move || cloning.clone_vm(&PURPOSE, &mut |_, _| {}).map(drop);
     cloned.at_once = Some(at_once(clone)?);
     drop(progress);
-    report(b, &direct, &cloned);
+    report(b, &direct, &given, &cloned);
     Ok(0)
 }
 
@@ -84,27 +91,24 @@ impl Way {
         Failure: From<E>,
     {
         let start = Instant::now();
-        let mut vm = make()?;
-        // As the pool does.
-        vm.pause()?;
+        let vm = make()?;
         self.each.add(start.elapsed());
         self.vms.push(vm);
         Ok(())
     }
 
-    /// Wakes each VM and runs a command in it, as `run -- true` does.
-    fn run(&mut self) -> Result<(), Failure> {
-        for mut vm in self.vms.drain(..) {
-            let start = Instant::now();
-            let agent = vm.wake()?;
-            let guest = Guest::new(vm, agent);
-            let code =
-                guest.spawn(&Command::new("/sbin/vmcache-agent").arg("--version"))?.wait()?;
-            self.run.add(start.elapsed());
-            if code != 0 {
-                let text = format!("the measured command ended with {code}");
-                return Err(Failure::new(FAILED, text));
-            }
+    /// Wakes a VM, if there is one, runs a command in it, and ends it, as
+    /// `run -- true` does.
+    fn run_one(&mut self) -> Result<(), Failure> {
+        let Some(mut vm) = self.vms.pop() else { return Ok(()) };
+        let start = Instant::now();
+        let agent = vm.wake()?;
+        let guest = Guest::new(vm, agent);
+        let code = guest.spawn(&Command::new("/sbin/vmcache-agent").arg("--version"))?.wait()?;
+        self.run.add(start.elapsed());
+        if code != 0 {
+            let text = format!("the measured command ended with {code}");
+            return Err(Failure::new(FAILED, text));
         }
         Ok(())
     }
@@ -151,13 +155,13 @@ fn ratio(a: Option<Duration>, b: Option<Duration>) -> Option<f64> {
     (!b.is_zero()).then(|| a.as_secs_f64() / b.as_secs_f64())
 }
 
-fn report(b: &Bench, direct: &Way, cloned: &Way) {
+fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way) {
     let s3 = ratio(cloned.each.quantile(0.5), direct.each.quantile(0.5));
     let s3_at_once = ratio(cloned.at_once, direct.at_once);
     let run = ratio(cloned.run.quantile(0.5), direct.run.quantile(0.5));
     let tenth = cloned.memory.get(TENTH).or(cloned.memory.last()).map(|m| m.1 as f64 / 1024.0);
     let s4 = tenth.map(|t| t / direct.mean(|m| m.1).max(0.001));
-    let ways = [("direct", direct), ("template", cloned)];
+    let ways = [("direct", direct), ("direct, reclaimed", given), ("template", cloned)];
     let per_minute = |d: Option<Duration>, n: usize| {
         d.filter(|d| !d.is_zero()).map_or(0.0, |d| 60.0 * n as f64 / d.as_secs_f64())
     };
@@ -184,22 +188,21 @@ fn report(b: &Bench, direct: &Way, cloned: &Way) {
     }
     print!("{}", table(&rows));
     println!();
-    let heads = ["", "VMs", "RSS/VM MiB", "PSS/VM MiB", "PSS all MiB", "VMs/min", "four at once"];
+    let heads = ["", "VMs", "RSS/VM MiB", "all", "PSS/VM MiB", "all", "VMs/min", "four at once"];
     let mut rows = vec![text(&heads)];
     for (name, way) in ways {
-        let pss = way.mean(|m| m.1);
+        let (rss, pss) = (way.mean(|m| m.0), way.mean(|m| m.1));
         rows.push(vec![
             name.to_string(),
             way.memory.len().to_string(),
-            format!("{:.0}", way.mean(|m| m.0)),
+            format!("{rss:.0}"),
+            format!("{:.0}", rss * way.memory.len() as f64),
             format!("{pss:.0}"),
             format!("{:.0}", pss * way.memory.len() as f64),
             format!("{:.0}", per_minute(way.each.quantile(0.5), 1)),
-            format!(
-                "{}, {:.0}/min",
-                way.at_once.map_or("-".into(), show),
-                per_minute(way.at_once, AT_ONCE)
-            ),
+            way.at_once.map_or("-".into(), |d| {
+                format!("{}, {:.0}/min", show(d), per_minute(Some(d), AT_ONCE))
+            }),
         ]);
     }
     print!("{}", table(&rows));

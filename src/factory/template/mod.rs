@@ -27,12 +27,15 @@ pub use place::Error as PlaceError;
 use place::Place;
 
 use super::{BaseFactory, Error, VmStatus};
+use crate::agent::Agent;
 use crate::config::options::FACTORY;
 use crate::config::Config;
+use crate::hypervisor::qemu::bzimage;
 use crate::hypervisor::qemu::process::Process;
 use crate::report::chain;
-use crate::vm::boot::{boot_clone, boot_template, BootError, Purpose};
+use crate::vm::boot::{boot_clone, boot_template, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
+use crate::workload;
 
 /// The memory's file.
 const MEMORY: &str = "memory";
@@ -48,6 +51,8 @@ const SUSPECT: u32 = 2;
 struct Image {
     memory: File,
     state: File,
+    /// The kernel's, which fits the manifest.
+    head: Option<File>,
     stamp: Stamp,
 }
 
@@ -105,7 +110,8 @@ impl Template {
     pub fn clone_vm(&self, purpose: &Purpose, started: Started<'_>) -> Result<Vm, BootError> {
         let image = self.image(started)?;
         let state = reopened(&image.state).map_err(|e| BootError::no_template(e.into()))?;
-        let made = boot_clone(&self.config, purpose, &image.memory, &state, started);
+        let origin = Origin { memory: &image.memory, head: image.head.as_ref(), state: &state };
+        let made = boot_clone(&self.config, purpose, origin, started);
         let mut current = self.current();
         match &made {
             Ok(_) => current.failures = 0,
@@ -177,6 +183,10 @@ fn reopened(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
+fn head(config: &Config) -> io::Result<Option<File>> {
+    bzimage::head(&config.kernel()).map_err(on(&config.kernel()))
+}
+
 /// Takes the template that is there, or makes one.
 fn obtain(config: &Config, anew: bool, started: Started<'_>) -> Result<Image, BootError> {
     let none = |e: io::Error| BootError::no_template(e.into());
@@ -184,7 +194,7 @@ fn obtain(config: &Config, anew: bool, started: Started<'_>) -> Result<Image, Bo
     let place = place.map_err(|e| BootError::no_template(e.into()))?;
     let parts = Parts::of(config).map_err(none)?;
     if !anew {
-        match reuse(&place, &parts) {
+        match reuse(config, &place, &parts) {
             Ok(image) => {
                 log::info!("template-reused: {}", place.path().display());
                 return Ok(image);
@@ -209,7 +219,7 @@ fn obtain(config: &Config, anew: bool, started: Started<'_>) -> Result<Image, Bo
 }
 
 /// The template that is there, when it is whole and fits.
-fn reuse(place: &Place, parts: &Parts) -> io::Result<Image> {
+fn reuse(config: &Config, place: &Place, parts: &Parts) -> io::Result<Image> {
     let (manifest, stamp) = Manifest::read(place.path())?;
     if manifest.parts != *parts {
         return Err(io::Error::other("it was made from other files or options"));
@@ -223,7 +233,7 @@ fn reuse(place: &Place, parts: &Parts) -> io::Result<Image> {
         && state.metadata()?.len() == manifest.state_bytes
         && manifest::digest(reopened(&state)?)? == manifest.state_sha256;
     match whole {
-        true => Ok(Image { memory, state, stamp }),
+        true => Ok(Image { memory, state, head: head(config)?, stamp }),
         false => Err(io::Error::other("its files are not what its manifest says")),
     }
 }
@@ -246,7 +256,13 @@ fn make(
     };
     let (memory, state) = (file(MEMORY).map_err(none)?, file(STATE).map_err(none)?);
     memory.set_len(u64::from(config.memory()) << 20).map_err(none)?;
-    let qemu_version = boot_template(config, &memory, &state, started)?;
+    let warm = |agent: &dyn Agent| {
+        // A guest without our agent's program: its clones merely start cold.
+        if let Err(e) = workload::rehearse(agent) {
+            log::info!("template-cold: its guest ran no command before: {}", chain(&e));
+        }
+    };
+    let qemu_version = boot_template(config, &memory, &state, &warm, started)?;
     let finish = || {
         for name in [MEMORY, STATE] {
             let path = place.path().join(name);
@@ -264,7 +280,7 @@ fn make(
         Manifest::read(place.path()).map(|(_, stamp)| stamp)
     };
     let stamp = finish().map_err(none)?;
-    Ok(Image { memory, state, stamp })
+    Ok(Image { memory, state, head: head(config).map_err(none)?, stamp })
 }
 
 /// Removes what a template consists of, the manifest first.
@@ -286,7 +302,7 @@ impl BaseFactory for Template {
     }
 
     fn get_base_vm(&self, _within: Option<Duration>) -> Result<Vm, Error> {
-        self.clone_vm(&Purpose::Own { leased: false }, &mut |_, _| {})
+        self.clone_vm(&Purpose::Own { leased: false, waits: false }, &mut |_, _| {})
             .map_err(|e| Error::Boot(Box::new(e)))
     }
 

@@ -22,9 +22,10 @@ const KERNEL: &str = "tsc=reliable no_timer_check rcupdate.rcu_expedited=1 i8042
     i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 noreplace-smp reboot=k cryptomgr.notests \
     net.ifnames=0 pci=lastbus=0 console=hvc0 console=hvc1";
 
-/// Parameters of our own: memory that is added holds its own page descriptors, so
-/// that a small VM can become a very large one.
-const OURS_TOO: &str = "memory_hotplug.memmap_on_memory=1";
+/// Parameters of our own. Memory that is added holds its own page descriptors, so
+/// that a small VM can become a very large one. And no bounce buffers: a guest that
+/// may grow past 4 GiB sets 64 MiB aside for them, which virtio never uses.
+const OURS_TOO: &str = "memory_hotplug.memmap_on_memory=1 swiotlb=noforce";
 
 /// What is one VM's own on its command line.
 pub struct Names<'a> {
@@ -52,8 +53,14 @@ pub enum Memory {
     Own,
     /// In this file, which will be a template's.
     Template(i32),
-    /// In this template's file, what it writes copied; its device state comes later.
-    Clone(i32),
+    /// In this template's file, what it writes copied; its device state comes
+    /// later, and of the kernel it needs only the head ([`super::bzimage`]).
+    Clone {
+        /// The template's file.
+        memory: i32,
+        /// The kernel's head, where it has one.
+        head: Option<i32>,
+    },
 }
 
 /// A comma in a value is written twice.
@@ -75,6 +82,11 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     bridges(c, &mut args);
     serial(n.dir, &mut args);
     disks_and_random(c, &mut args);
+    // Never for shared memory: see `balloon`.
+    if n.memory == Memory::Own && c.flag(QEMU, "reclaim_guest_freed_memory") {
+        let device = "virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on";
+        args.pair("-device", device);
+    }
     args.pair("-device", "vmgenid,guid=auto,id=vmgenid0");
     args.pair("-rtc", "base=utc,driftfix=slew,clock=host");
     if c.accel == Accel::Kvm {
@@ -92,13 +104,18 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     }
     args.pair("-object", backend(c, n.memory));
     args.pair("-numa", "node,memdev=dimm1");
-    args.pair("-kernel", c.kernel());
-    args.pair("-initrd", c.initrd());
+    match n.memory {
+        Memory::Clone { head: Some(fd), .. } => args.pair("-kernel", inherited(fd)),
+        _ => {
+            args.pair("-kernel", c.kernel());
+            args.pair("-initrd", c.initrd());
+        }
+    }
     args.pair("-append", append(c));
     if !c.text(QEMU, "firmware").is_empty() {
         args.pair("-bios", c.text(QEMU, "firmware"));
     }
-    if matches!(n.memory, Memory::Clone(_)) {
+    if matches!(n.memory, Memory::Clone { .. }) {
         args.pair("-incoming", "defer");
     }
     let (cpus, most) = (c.cpus(), c.max_cpus());
@@ -193,15 +210,20 @@ fn disks_and_random(c: &Config, args: &mut Args) {
     args.pair("-device", "virtio-rng-pci,rng=rng0");
 }
 
+/// A path to a file that QEMU inherits.
+fn inherited(fd: i32) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
 fn backend(c: &Config, memory: Memory) -> String {
     let size = c.memory();
     let (file, share) = match memory {
         Memory::Own => (None, "on"),
         Memory::Template(fd) => (Some(fd), "on"),
-        Memory::Clone(fd) => (Some(fd), "off"),
+        Memory::Clone { memory, .. } => (Some(memory), "off"),
     };
     if let Some(fd) = file {
-        let path = format!("/proc/self/fd/{fd}");
+        let path = inherited(fd);
         return format!("memory-backend-file,id=dimm1,size={size}M,mem-path={path},share={share}");
     }
     let place =
@@ -282,17 +304,19 @@ mod tests {
             "[hypervisor.qemu]\nmachine_type = \"pc\"\ncpu_features = \"pmu=off\"\n\
              kernel_params = \"a=b\"\nblock_device_driver = \"virtio-blk\"\n\
              machine_accelerators = \"nvdimm=off\"\nenable_hugepages = true\n\
-             enable_debug = true\n[vmcache]\naccel = \"tcg\"\nsandbox = false\n",
+             enable_debug = true\nreclaim_guest_freed_memory = true\n[vmcache]\naccel = \"tcg\"\nsandbox = false\n",
         );
         for part in [
             "-machine pc,accel=tcg,nvdimm=off -cpu max,pmu=off",
             "pci-bridge,bus=pci.0,id=pci-bridge-0,chassis_nr=1,shpc=on,addr=2",
             "memory-backend-file,id=dimm1,size=2048M,mem-path=/dev/hugepages,share=on,prealloc=on",
             " debug panic=1 ",
+            "-device virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on",
             " a=b -smp",
         ] {
             assert!(got.contains(part), "{part} in {got}");
         }
+        assert!(!line(BASE).contains("balloon"));
         for part in ["-sandbox", "scsi", "kvm-pit", "quiet"] {
             assert!(!got.contains(part), "no {part} in {got}");
         }

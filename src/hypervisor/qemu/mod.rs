@@ -2,6 +2,8 @@
 //! added while it runs.
 
 pub mod argv;
+pub mod balloon;
+pub mod bzimage;
 pub mod devices;
 pub mod hotplug;
 pub mod migrate;

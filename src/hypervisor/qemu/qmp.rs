@@ -228,11 +228,6 @@ impl Qmp {
         self.execute("quit", None, QUICK).map(|_| ())
     }
 
-    /// Events that came so far, oldest first.
-    pub fn take_events(&mut self) -> Vec<Value> {
-        self.events.drain(..).collect()
-    }
-
     /// The oldest event that nobody has taken, or the next one that comes.
     ///
     /// # Errors
@@ -275,6 +270,10 @@ impl Qmp {
         self.events.push_back(event);
     }
 
+    pub(super) fn silent(&self, during: &str, after: Duration) -> Error {
+        Error::Silent { during: during.to_string(), path: self.path.clone(), after }
+    }
+
     fn garbage(&self, during: &str, what: &str) -> Error {
         Error::Garbage {
             during: during.to_string(),
@@ -299,13 +298,8 @@ impl Qmp {
                 None => {}
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let silent = || Error::Silent {
-                during: during.to_string(),
-                path: self.path.clone(),
-                after: within,
-            };
             if left.is_zero() {
-                return Err(silent());
+                return Err(self.silent(during, within));
             }
             let mut chunk = [0; 4096];
             let read = self
@@ -323,7 +317,7 @@ impl Qmp {
                 Err(e)
                     if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
                 {
-                    return Err(silent());
+                    return Err(self.silent(during, within));
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
