@@ -67,12 +67,16 @@ fn render(v: &Value) -> String {
     };
     let pool = &v["pool"];
     let mut out = format!(
-        "server {} (pid {}) at {}\npool   {} ready of {}, {} booting, {} claims waiting\n",
+        "server {} (pid {}) at {}\npool   {} ready of {}{}, {} booting, {} claims waiting\n",
         text(&v["version"]),
         text(&v["pid"]),
         text(&v["endpoint"]),
         text(&pool["ready"]),
         text(&pool["target"]),
+        match pool["awake"].as_u64() {
+            None | Some(0) => String::new(),
+            Some(n) => format!(" ({n} not at rest yet)"),
+        },
         text(&pool["booting"]),
         text(&pool["waiting"]),
     );

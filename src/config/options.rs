@@ -60,7 +60,7 @@ pub const PROXY: &str = "proxy.kata";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 43] = [
+pub static OPTIONS: [Opt; 44] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -145,6 +145,13 @@ pub static OPTIONS: [Opt; 43] = [
         "VMs made at the same time; 0: one for each two host CPUs, at least two",
     ),
     opt(OURS, "pause_idle", Flag(true), "pause VMs that wait in the pool"),
+    opt(
+        OURS,
+        "rehearse",
+        Flag(true),
+        "VMs that wait in the pool have run a command that does nothing, so that the first real \
+         one finds all warm",
+    ),
     opt(OURS, "vm_store_path", Text("/run/vc/vm"), "a directory for each VM is made here"),
     opt(OURS, "sandbox", Flag(true), "QEMU's seccomp sandbox with all its denials"),
     opt(OURS, "socket_mode", Text("0600"), "permissions of the server's socket, octal"),

@@ -20,6 +20,7 @@ use crate::agent::kata::KataAgent;
 use crate::config::Config;
 use crate::vm::boot::BootError;
 use crate::vm::{self, resize, Vm, VmConfig};
+use crate::workload::Guest;
 
 /// Why there is no VM.
 #[derive(Debug)]
@@ -109,6 +110,12 @@ pub struct Obtained {
     pub agent: KataAgent,
     /// Why it was booted cold instead of taken from the pool, if it was.
     pub fallback: Option<String>,
+}
+
+impl From<Obtained> for Guest {
+    fn from(o: Obtained) -> Guest {
+        Guest::new(o.vm, o.agent).because(o.fallback)
+    }
 }
 
 /// Told of a VM as soon as it is this process's, before it can be used: its

@@ -43,15 +43,20 @@ const SETTLE: Duration = Duration::from_millis(1500);
 #[derive(Clone, Debug)]
 #[allow(missing_docs)] // The fields are what the text names.
 pub enum Purpose {
-    /// The pool at this endpoint; it is paused when it is ready, if the
-    /// configuration says so.
+    /// The pool at this endpoint, in which it will wait.
     Pool { endpoint: String },
     /// This process; with `leased`, the kernel ends QEMU when the thread that
     /// booted it ends; with `waits`, it is made as for a pool.
     Own { leased: bool, waits: bool },
 }
 
-/// Boots a VM.
+impl Purpose {
+    fn waits(&self) -> bool {
+        matches!(self, Purpose::Pool { .. } | Purpose::Own { waits: true, .. })
+    }
+}
+
+/// Boots a VM, which runs when this returns.
 ///
 /// `started` is told of QEMU's process as soon as there is one, so that
 /// another thread can watch or kill it. Blocks up to the boot deadline.
@@ -65,11 +70,10 @@ pub fn boot(
 ) -> Result<Vm, BootError> {
     let connected = Spawned::start(config, purpose, Base::None, started)?.connect()?;
     let mut guest = connected.await_guest()?;
-    let pause = pauses(config, purpose);
-    if pause && config.flag(QEMU, "reclaim_guest_freed_memory") {
+    if purpose.waits() && config.flag(QEMU, "reclaim_guest_freed_memory") {
         guest = guest.give_back()?;
     }
-    guest.settle(pause)
+    guest.settle()
 }
 
 /// Boots a VM to be a template: its memory in the file `memory`, its device
@@ -105,7 +109,7 @@ pub struct Origin<'a> {
     pub state: &'a File,
 }
 
-/// Starts a clone of a template.
+/// Starts a clone of a template, which runs when this returns.
 ///
 /// # Errors
 /// [`BootError`], with nothing left behind.
@@ -116,13 +120,7 @@ pub fn boot_clone(
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
     let spawned = Spawned::start(config, purpose, Base::Clone(origin), started)?;
-    let guest = spawned.connect()?.load(origin.state)?.await_guest()?;
-    guest.settle(pauses(config, purpose))
-}
-
-fn pauses(config: &Config, purpose: &Purpose) -> bool {
-    config.pause_idle()
-        && matches!(purpose, Purpose::Pool { .. } | Purpose::Own { waits: true, .. })
+    spawned.connect()?.load(origin.state)?.await_guest()?.settle()
 }
 
 /// The clock of one boot.
@@ -344,20 +342,13 @@ impl Booted {
         }
     }
 
-    fn settle(self, pause: bool) -> Result<Vm, BootError> {
-        let Booted { connected: Connected { spawned, mut monitor }, agent, address } = self;
+    fn settle(self) -> Result<Vm, BootError> {
+        let Booted { connected: Connected { spawned, monitor }, agent, address } = self;
         let own = identity::refresh(&agent);
         if let Err(e) = own.and_then(|()| identity::name(&agent, &spawned.ledger.id)) {
             return Err(spawned.failed(Phase::Identity, e.into(), ""));
         }
-        // Its session must end before the VM stops, or the guest would hear of
-        // that only when it runs again.
         agent.leave();
-        if pause {
-            if let Err(e) = monitor.pause() {
-                return Err(spawned.failed(Phase::Ready, e.into(), ""));
-            }
-        }
         drop(monitor);
         let Spawned { process, dir, mut ledger, clock } = spawned;
         ledger.state = State::Ready;
@@ -368,6 +359,6 @@ impl Booted {
         // The monitor's socket was made by us: as private as QEMU makes its own.
         let private = std::fs::Permissions::from_mode(0o700);
         let _ = std::fs::set_permissions(dir.monitor(), private);
-        Ok(Vm { process, dir, ledger, agent: address, paused: pause })
+        Ok(Vm { process, dir, ledger, agent: address, paused: false })
     }
 }

@@ -9,6 +9,7 @@
 mod attached;
 mod command;
 mod files;
+pub mod rehearsal;
 mod running;
 
 use std::error;
@@ -29,7 +30,6 @@ use attached::Attached;
 
 use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent, ProcessId};
-use crate::factory::Obtained;
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use crate::tree;
 use crate::vm::{attach, identity, Vm};
@@ -127,29 +127,6 @@ fn note(vm: &Vm) -> Option<Note> {
     serde_json::from_slice(&bytes).ok()
 }
 
-/// Runs a command that does nothing and takes all of it away again: what a guest
-/// sets up with its first command is there afterwards.
-///
-/// # Errors
-/// [`Error::Agent`]; something of it may then be left.
-pub fn rehearse(agent: &dyn Agent) -> Result<(), Error> {
-    let within = Duration::from_secs(10);
-    let run = || {
-        agent.create_sandbox(CreateSandboxRequest::default())?;
-        agent.create_container(CreateContainerRequest {
-            container_id: MAIN.into(),
-            exec_id: MAIN.into(),
-            OCI: Some(Command::new(files::AGENT).arg("--version").spec(OWN_ROOT)).into(),
-            ..CreateContainerRequest::default()
-        })?;
-        agent.start_container(MAIN)?;
-        agent.wait_process(&ProcessId { container: MAIN.into(), exec: String::new() })?;
-        agent.remove_container(MAIN, within)?;
-        agent.destroy_sandbox()
-    };
-    run().map_err(Error::Agent)
-}
-
 /// A VM that is awake.
 pub struct Guest {
     vm: Vm,
@@ -158,16 +135,15 @@ pub struct Guest {
     attached: Attached,
 }
 
-impl From<Obtained> for Guest {
-    fn from(o: Obtained) -> Guest {
-        Guest { fallback: o.fallback, ..Guest::new(o.vm, o.agent) }
-    }
-}
-
 impl Guest {
     /// A VM whose agent is connected.
     pub fn new(vm: Vm, agent: KataAgent) -> Guest {
         Guest { vm, agent: Arc::new(agent), fallback: None, attached: Attached::default() }
+    }
+
+    /// The same, with the reason why it is not of the pool, if it is not.
+    pub fn because(self, fallback: Option<String>) -> Guest {
+        Guest { fallback, ..self }
     }
 
     /// The VM.

@@ -240,6 +240,14 @@ impl Daemon {
         });
     }
 
+    /// The same, and all of them have had their rehearsal and are paused.
+    pub fn wait_rest(&self, n: usize) {
+        wait_for(&format!("{n} VMs at rest{}", self.log()), || {
+            let pool = &self.status()["pool"];
+            pool["ready"] == n && pool["booting"] == 0 && pool["awake"] == 0
+        });
+    }
+
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal).unwrap();
     }

@@ -12,6 +12,7 @@
 //! | `guest`     | every agent call; four clients at once; a client that dies |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients, VMs and the server |
+//! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
 //! | `template_place` | its mount, its room, its creation cut short |
@@ -32,6 +33,7 @@ mod guest;
 mod pool;
 mod readme;
 mod resize;
+mod resting;
 mod rootfs;
 mod run;
 mod template_place;

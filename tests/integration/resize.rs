@@ -92,6 +92,7 @@ fn a_guest_gives_memory_back_before_it_waits_and_has_it_all_again() {
     giving.more_qemu = "reclaim_guest_freed_memory = true\n".into();
     let seen = [&plain, &giving].map(|options| {
         let d = Daemon::start(options);
+        d.wait_rest(1);
         let memory = pss(d.status()["vms"][0]["pid"].as_i64().unwrap());
         let guest = seen(&d, &[]).1;
         assert_nothing_left(&d.quit().0);

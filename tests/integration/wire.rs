@@ -20,6 +20,7 @@ fn assert_superset(ours: &Value, theirs: &Value, path: &str) {
 fn the_four_calls_have_katas_shape() {
     let prepared = require_qemu!();
     let daemon = Daemon::start(&Options::pool(&prepared, 1));
+    daemon.wait_rest(1);
     let client = GrpcCache::connect(&daemon.socket()).unwrap();
 
     let config = client.fetch_config().unwrap();

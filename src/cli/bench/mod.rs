@@ -76,13 +76,16 @@ pub fn bench(common: &Common, b: &Bench) -> Outcome {
     Ok(0)
 }
 
-/// Waits until the pool is full and nothing boots; the status then.
+/// Waits until the pool is full and at rest, and nothing boots; the status then.
 fn wait_full(server: &GrpcCache) -> Result<Value, Failure> {
     let deadline = Instant::now() + FULL;
     loop {
         let v = server.fetch_details()?;
         let pool = |k: &str| v["pool"][k].as_u64().unwrap_or(0);
-        if pool("target") > 0 && pool("ready") >= pool("target") && pool("booting") == 0 {
+        if pool("target") > 0
+            && pool("ready") >= pool("target")
+            && pool("booting") + pool("awake") == 0
+        {
             return Ok(v);
         }
         if Instant::now() > deadline {

@@ -25,6 +25,8 @@ pub struct Seen {
     pub memory_mib: u32,
     /// Since when it exists.
     pub since: Instant,
+    /// Whether it is in the pool and has not come to rest yet.
+    pub awake: bool,
 }
 
 impl Seen {
@@ -37,6 +39,7 @@ impl Seen {
             cpus: vm.cpus(),
             memory_mib: vm.memory_mib(),
             since,
+            awake: false,
         }
     }
 }
@@ -98,6 +101,7 @@ impl Board {
     pub fn json(&self, endpoint: &str) -> Value {
         let facts = self.facts();
         let count = |s: State| facts.vms.values().filter(|v| v.state == s).count();
+        let awake = facts.vms.values().filter(|v| v.state == State::Ready && v.awake).count();
         let vms: Vec<Value> = facts
             .vms
             .iter()
@@ -116,6 +120,7 @@ impl Board {
             "pool": {
                 "target": facts.target,
                 "ready": count(State::Ready),
+                "awake": awake,
                 "booting": count(State::Booting),
                 "waiting": facts.waiting,
             },

@@ -6,6 +6,7 @@
 
 mod handed;
 mod line;
+mod rest;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
@@ -78,6 +79,7 @@ pub struct Driver {
     line: VecDeque<Arc<Place>>,
     booting: HashMap<u64, Booting>,
     handed: HashMap<i32, Handed>,
+    rest: rest::Rest,
     next_job: u64,
 }
 
@@ -117,6 +119,7 @@ impl Driver {
             line: VecDeque::new(),
             booting: HashMap::new(),
             handed: HashMap::new(),
+            rest: rest::Rest::new(config, pool)?,
             next_job: 1,
         })
     }
@@ -130,6 +133,7 @@ impl Driver {
             // One moment for both: a pause that ends between them would find no alarm.
             let now = Instant::now();
             self.start_boots(now);
+            self.rest_next(now);
             let alarm = self.policy.wake_at(self.view(), now).map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
@@ -176,11 +180,13 @@ impl Driver {
             Event::Claim(place) => self.claim(place),
             Event::Gone(place) => self.gone(&place),
             Event::Returned(ready) => self.returned(ready),
-            Event::Dead(ready) => self.died(*ready),
+            Event::Dead(ready) => self.died(*ready, "is dead: QEMU has ended"),
             Event::Delivered { vm, waited } => self.delivered(vm, waited),
             Event::Undelivered { vm, why } => self.undelivered(*vm, &why),
             Event::Started { job, pid, id, pidfd } => self.started(job, pid, id, pidfd),
             Event::Booted { job, result } => self.booted(job, result),
+            Event::Rehearsed { pid, silent } => self.rehearsed(pid, silent),
+            Event::Rested { ready, failed } => self.rested(ready, failed),
             Event::Ended(token) => self.ended(token),
             Event::Stop { .. } => {}
         }
@@ -195,6 +201,7 @@ impl Driver {
             cpus: 0,
             memory_mib: 0,
             since: booting.since,
+            awake: false,
         };
         let before = booting.qemu.replace((pid, pidfd));
         let mut facts = self.pool.board.facts();
@@ -279,14 +286,15 @@ impl Driver {
             if ready.vm.alive() {
                 let _ = self.ends.ready.try_send(ready);
             } else {
-                self.died(*ready);
+                self.died(*ready, "is dead: QEMU has ended");
             }
         }
     }
 
-    fn died(&mut self, ready: Ready) {
-        let text =
-            format!("VM {} (QEMU pid {}) died while it stood ready", ready.vm.id(), ready.vm.pid());
+    /// A VM of the pool that nobody can use any more.
+    fn died(&mut self, ready: Ready, what: &str) {
+        let (id, pid) = (ready.vm.id(), ready.vm.pid());
+        let text = format!("VM {id} (QEMU pid {pid}), which stood ready, {what}");
         log::error!("vm-died: {text}; replacing it");
         self.forget(ready.vm.pid());
         let mut facts = self.pool.board.facts();
@@ -345,7 +353,8 @@ impl Driver {
         for ready in self.pool.ready.try_iter() {
             ready.vm.destroy();
         }
-        for worker in self.workers.drain(..) {
+        let resting = self.rest.stop();
+        for worker in self.workers.drain(..).chain(resting) {
             if let Err(e) = worker.join(WORKERS) {
                 log::error!("stop: {e}");
             }

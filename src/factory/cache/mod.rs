@@ -9,7 +9,8 @@
 //!
 //! Files: [`driver`] the loop, [`policy`] its decisions (pure), [`claim`] a
 //! place in the line, [`pool`] what handlers and driver share, [`watch`] the
-//! pidfds, [`making`] the boot workers, [`board`] what status shows.
+//! pidfds, [`making`] the boot workers, [`resting`] what is done for VMs that
+//! wait, [`board`] what status shows.
 //!
 //! Invariants: a ready VM is in exactly one place: the ready channel, a claim's
 //! place, or a handler's hands. Claims are served in the order in which they
@@ -21,4 +22,5 @@ pub mod driver;
 pub mod making;
 pub mod policy;
 pub mod pool;
+pub mod resting;
 pub mod watch;

@@ -84,7 +84,8 @@ impl Policy {
         self.calm = None;
     }
 
-    fn calm_until(&self, view: View, now: Instant) -> Option<Instant> {
+    /// Until when refilling holds its breath, if it does.
+    pub fn calm_until(&self, view: View, now: Instant) -> Option<Instant> {
         self.calm.map(|(_, until)| until).filter(|until| view.waiting == 0 && *until > now)
     }
 

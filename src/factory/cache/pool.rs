@@ -51,6 +51,10 @@ pub enum Event {
     Started { job: u64, pid: i32, id: String, pidfd: std::os::fd::OwnedFd },
     /// A worker is done.
     Booted { job: u64, result: Result<Box<Ready>, Box<BootError>> },
+    /// This VM has had its rehearsal; with the reason, if its agent did not answer.
+    Rehearsed { pid: i32, silent: Option<String> },
+    /// This VM has been paused; with the reason, if it could not be.
+    Rested { ready: Box<Ready>, failed: Option<String> },
     /// A watched process has ended.
     Ended(u64),
     /// Stop: hand nothing out any more, clean up.

@@ -35,7 +35,7 @@ use crate::hypervisor::qemu::process::Process;
 use crate::report::chain;
 use crate::vm::boot::{boot_clone, boot_template, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
-use crate::workload;
+use crate::workload::rehearsal;
 
 /// The memory's file.
 const MEMORY: &str = "memory";
@@ -258,7 +258,7 @@ fn make(
     memory.set_len(u64::from(config.memory()) << 20).map_err(none)?;
     let warm = |agent: &dyn Agent| {
         // A guest without our agent's program: its clones merely start cold.
-        if let Err(e) = workload::rehearse(agent) {
+        if let Err(e) = rehearsal::run(agent) {
             log::info!("template-cold: its guest ran no command before: {}", chain(&e));
         }
     };

@@ -23,7 +23,9 @@ const KEEP: u64 = 16 << 20;
 /// Pause between looks at the balloon's size.
 const LOOK: Duration = Duration::from_millis(20);
 /// Looks without a change, after which the guest has no more to give.
-const STEADY: u32 = 4;
+const STEADY: u32 = 10;
+/// The same before it has given anything: it may only be slow to begin.
+const NO_START: u32 = 50;
 /// Until it must have given what it can.
 const BLOWING: Duration = Duration::from_secs(3);
 /// Until it must have all of it again.
@@ -43,7 +45,8 @@ pub fn give_back(qmp: &mut Qmp) -> Result<u64, Error> {
     set(qmp, KEEP)?;
     let deadline = Instant::now() + BLOWING;
     let (mut least, mut same) = (whole, 0);
-    while same < STEADY && least > KEEP && Instant::now() < deadline {
+    let enough = |least| if least == whole { NO_START } else { STEADY };
+    while same < enough(least) && least > KEEP && Instant::now() < deadline {
         pause(qmp);
         let now = actual(qmp)?;
         same = if now < least { 0 } else { same + 1 };

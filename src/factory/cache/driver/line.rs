@@ -25,7 +25,7 @@ impl Driver {
     /// A VM for the first in line, or else for the ready channel.
     pub(super) fn publish(&mut self, ready: Box<Ready>) {
         if !ready.vm.alive() {
-            return self.died(*ready);
+            return self.died(*ready, "is dead: QEMU has ended");
         }
         let pid = ready.vm.pid();
         let mut answer = Answer::Vm(ready);
@@ -50,6 +50,7 @@ impl Driver {
             }
         }
         if let Answer::Vm(ready) = answer {
+            self.let_rest(&ready);
             // Full only when thousands of claims had VMs booted for them and left.
             if let Err(over) = self.ends.ready.try_send(ready) {
                 self.forget(over.into_inner().vm.pid());

@@ -1,0 +1,146 @@
+//! Which VM comes to rest next: one at a time, and only while nothing boots and
+//! nobody waits, since both matter more.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::super::pool::{Pool, Ready};
+use super::super::resting::{self, Task};
+use super::Driver;
+use crate::agent::address::Address;
+use crate::config::options::OURS;
+use crate::config::Config;
+use crate::vm::ledger::State;
+use crate::worker::{self, Worker};
+
+/// What the driver knows of it.
+pub(super) struct Rest {
+    /// None once the driver stops.
+    tasks: Option<Sender<Task>>,
+    thread: Option<Worker<()>>,
+    rehearse: bool,
+    pause: bool,
+    /// VMs that stand ready and run, by QEMU's pid, the oldest first.
+    awake: VecDeque<(i32, Address)>,
+    /// The one whose task is under way.
+    busy: Option<(i32, Address)>,
+}
+
+impl Rest {
+    pub(super) fn new(config: &Arc<Config>, pool: &Arc<Pool>) -> Result<Rest, worker::Error> {
+        let (tasks, thread) = resting::start(config, pool)?;
+        Ok(Rest {
+            tasks: Some(tasks),
+            thread: Some(thread),
+            rehearse: config.flag(OURS, "rehearse"),
+            pause: config.pause_idle(),
+            awake: VecDeque::new(),
+            busy: None,
+        })
+    }
+
+    /// No further task is begun; the thread, to be joined.
+    pub(super) fn stop(&mut self) -> Option<Worker<()>> {
+        self.tasks = None;
+        self.thread.take()
+    }
+
+    fn begin(&mut self, task: Task) -> bool {
+        self.tasks.as_ref().is_some_and(|tasks| tasks.try_send(task).is_ok())
+    }
+}
+
+impl Driver {
+    /// A VM stands ready and runs: its turn will come.
+    pub(super) fn let_rest(&mut self, ready: &Ready) {
+        let pid = ready.vm.pid();
+        let known = self.rest.awake.iter().chain(&self.rest.busy).any(|(p, _)| *p == pid);
+        if known || ready.vm.paused() || !(self.rest.rehearse || self.rest.pause) {
+            return;
+        }
+        self.rest.awake.push_back((pid, ready.vm.agent_address().clone()));
+        if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
+            seen.awake = true;
+        }
+    }
+
+    /// Begins with the next one, if this is the time.
+    pub(super) fn rest_next(&mut self, now: Instant) {
+        let view = self.view();
+        let calm =
+            view.waiting == 0 && view.booting == 0 && self.policy.calm_until(view, now).is_none();
+        while calm && self.rest.busy.is_none() {
+            let Some((pid, agent)) = self.rest.awake.pop_front() else { return };
+            let ready =
+                self.pool.board.facts().vms.get(&pid).is_some_and(|v| v.state == State::Ready);
+            if !ready {
+                continue;
+            }
+            self.rest.busy = Some((pid, agent.clone()));
+            if !self.rest.rehearse {
+                self.rehearsed(pid, None);
+            } else if !self.rest.begin(Task::Rehearse { pid, agent }) {
+                self.rest.busy = None;
+                return;
+            }
+        }
+    }
+
+    /// It is paused, unless somebody has taken it meanwhile.
+    pub(super) fn rehearsed(&mut self, pid: i32, silent: Option<String>) {
+        self.rest.busy = None;
+        let Some(ready) = self.take_out(pid) else { return };
+        if let Some(why) = silent {
+            return self.died(*ready, &format!("no longer answers: {why}"));
+        }
+        if !self.rest.pause {
+            self.at_rest(pid);
+            return self.publish(ready);
+        }
+        let agent = ready.vm.agent_address().clone();
+        self.pool.into_hands();
+        if self.rest.begin(Task::Pause(ready)) {
+            self.rest.busy = Some((pid, agent));
+        } else {
+            // Only when the thread is gone, and with it the VM: it was in the task.
+            self.pool.out_of_hands();
+            self.forget(pid);
+        }
+    }
+
+    pub(super) fn rested(&mut self, ready: Box<Ready>, failed: Option<String>) {
+        self.rest.busy = None;
+        self.pool.out_of_hands();
+        if let Some(why) = failed {
+            return self.died(*ready, &format!("can not be paused: {why}"));
+        }
+        self.at_rest(ready.vm.pid());
+        self.publish(ready);
+        // Claims take the first: those at rest before those awake.
+        let mut all: Vec<_> = self.pool.ready.try_iter().collect();
+        all.sort_by_key(|ready| !ready.vm.paused());
+        all.into_iter().for_each(|ready| self.publish(ready));
+    }
+
+    fn at_rest(&mut self, pid: i32) {
+        if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
+            seen.awake = false;
+        }
+    }
+
+    /// A VM out of the ready channel, if it is there.
+    fn take_out(&mut self, pid: i32) -> Option<Box<Ready>> {
+        let all: Vec<_> = self.pool.ready.try_iter().collect();
+        let mut found = None;
+        for ready in all {
+            match ready.vm.pid() == pid {
+                true => found = Some(ready),
+                false => self.publish(ready),
+            }
+        }
+        found
+    }
+}

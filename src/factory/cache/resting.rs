@@ -1,0 +1,75 @@
+//! Coming to rest: what is done for a VM that stands ready while nobody waits.
+//!
+//! It gets a rehearsal ([`crate::workload::rehearsal`]), and then its virtual
+//! CPUs are stopped. It can be claimed all the while: this thread has no more
+//! than a connection to its agent, until the driver hands it the VM for the
+//! instant of the pause.
+
+use std::sync::Arc;
+
+use crossbeam_channel::{bounded, Receiver, Sender};
+
+use super::pool::{Event, Pool, Ready};
+use crate::agent::address::Address;
+use crate::agent::Error;
+use crate::config::Config;
+use crate::report::chain;
+use crate::vm::wire;
+use crate::worker::{self, Worker};
+use crate::workload::rehearsal;
+
+/// What the thread is asked to do.
+pub enum Task {
+    /// A rehearsal in this VM, which stays the pool's.
+    Rehearse {
+        /// QEMU's pid.
+        pid: i32,
+        /// The VM's agent.
+        agent: Address,
+    },
+    /// Stop this VM's CPUs and give it back.
+    Pause(Box<Ready>),
+}
+
+/// Starts the thread, which ends when the sender is dropped.
+///
+/// # Errors
+/// When the system gives none.
+pub fn start(
+    config: &Arc<Config>,
+    pool: &Arc<Pool>,
+) -> Result<(Sender<Task>, Worker<()>), worker::Error> {
+    // The driver gives a task only when the one before has been answered.
+    let (tasks, todo) = bounded(1);
+    let (config, pool) = (Arc::clone(config), Arc::clone(pool));
+    let thread = Worker::spawn("vmc-rest", move || work(&config, &pool, &todo))?;
+    Ok((tasks, thread))
+}
+
+fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
+    for task in todo {
+        pool.tell(match task {
+            Task::Rehearse { pid, agent } => {
+                Event::Rehearsed { pid, silent: silent(rehearsal::run_at(&agent)) }
+            }
+            Task::Pause(mut ready) => {
+                let failed = ready.vm.pause().err().map(|e| chain(&e));
+                ready.message = wire::to_wire(&ready.vm, config);
+                Event::Rested { ready, failed }
+            }
+        });
+    }
+}
+
+/// Why an agent can not be said to answer. One that refuses has answered: a
+/// guest may lack the program, and then merely starts cold.
+fn silent(rehearsed: Result<(), Error>) -> Option<String> {
+    match rehearsed {
+        Ok(()) => None,
+        Err(e @ (Error::Refused { .. } | Error::Unsupported { .. })) => {
+            log::debug!("rehearsal: {}", chain(&e));
+            None
+        }
+        Err(e) => Some(chain(&e)),
+    }
+}
