@@ -26,6 +26,9 @@ use crate::transport::serial::FAREWELL;
 /// Deadline of a call that does not wait for a process.
 pub const CALL: Duration = Duration::from_secs(30);
 
+/// What an agent has beyond the time that a request allows it.
+const ANSWERING: Duration = Duration::from_secs(5);
+
 /// How long one of a guest's ports may be silent before another is tried.
 const PATIENCE: Duration = Duration::from_secs(4);
 
@@ -168,7 +171,7 @@ impl Agent for KataAgent {
         let timeout = within.as_secs().clamp(1, 3600) as u32;
         let r =
             request!(RemoveContainerRequest { container_id: container.into(), timeout: timeout });
-        let context = with_duration(within + CALL);
+        let context = with_duration(within + ANSWERING);
         nothing("RemoveContainer", self.agent.remove_container(context, &r))
     }
 
@@ -190,12 +193,13 @@ impl Agent for KataAgent {
         nothing("SignalProcess", self.agent.signal_process(quick(), &r))
     }
 
-    fn wait_process(&self, id: &ProcessId) -> Outcome<i32> {
+    fn wait_process(&self, id: &ProcessId, within: Option<Duration>) -> Outcome<i32> {
         let r = request!(WaitProcessRequest {
             container_id: id.container.clone(),
             exec_id: id.exec.clone(),
         });
-        let answer = self.agent.wait_process(endless(), &r);
+        let context = within.map_or_else(endless, with_duration);
+        let answer = self.agent.wait_process(context, &r);
         answer.map(|a| a.status).map_err(|e| failed("WaitProcess", e))
     }
 

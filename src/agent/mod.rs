@@ -110,8 +110,9 @@ pub trait Agent: Send + Sync {
     fn exec_process(&self, id: &ProcessId, process: Process) -> Outcome<()>;
     /// Sends a signal, by number.
     fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()>;
-    /// Waits for a process's end: its exit code, 128 + n when signal n ended it.
-    fn wait_process(&self, id: &ProcessId) -> Outcome<i32>;
+    /// Waits for a process's end, with no deadline for `None`: its exit code,
+    /// 128 + n when signal n ended it.
+    fn wait_process(&self, id: &ProcessId, within: Option<Duration>) -> Outcome<i32>;
     /// Writes to a process's standard input; how many bytes were taken.
     fn write_stdin(&self, id: &ProcessId, data: Vec<u8>) -> Outcome<u32>;
     /// Reads at most `max` bytes; waits for some, empty at the end.

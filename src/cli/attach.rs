@@ -3,6 +3,8 @@
 //! Invariant: all of it is open before a VM is claimed, so that a wrong name
 //! costs none.
 
+use std::path::Path;
+
 use super::args::Run;
 use super::output::{Failure, USAGE};
 use crate::vm::attach::{Disk, Nic};
@@ -27,6 +29,12 @@ impl Attachments {
             let text = "--image and --rootfs both name the command's root: say by --mount where \
                         the image shall be";
             return Err(Failure::new(USAGE, text));
+        }
+        if let Place::Directory(dir) = &place {
+            if ["/dev", "/proc", "/sys"].iter().any(|d| Path::new(dir).starts_with(d)) {
+                let text = format!("--mount {dir}: the command's own {dir} would hide it");
+                return Err(Failure::new(USAGE, text));
+            }
         }
         let disk = a.image.clone().map(|i| i.format(a.image_format).open());
         let disk = disk.transpose().map_err(|e| usage(&e))?.map(|disk| (disk, place));

@@ -16,7 +16,7 @@ use crate::sys::process::{start_time, state};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::wire::from_directory;
 use crate::vm::Vm;
-use crate::workload::{holds_disks, Guest};
+use crate::workload::{self, holds_disks, Guest, WRITING_OUT};
 
 fn store(common: &Common) -> Result<PathBuf, Failure> {
     if let Some(config) = optional_config(common)? {
@@ -31,7 +31,11 @@ fn store(common: &Common) -> Result<PathBuf, Failure> {
 /// Whether it is a client's. One that is being handed out is, too: who knows its
 /// id has its answer, which arrives before the server has put that down.
 fn claimed(ledger: &Ledger) -> bool {
-    matches!(ledger.state, State::Handed | State::Handing) || ledger.endpoint.is_empty()
+    match ledger.state {
+        State::Handed | State::Handing => true,
+        State::Ready => ledger.endpoint.is_empty(),
+        State::Booting => false,
+    }
 }
 
 /// The one VM whose id begins so.
@@ -48,12 +52,14 @@ pub fn find_ledger(common: &Common, id: &str) -> Result<(PathBuf, Ledger), Failu
             if claimed(&ledger) {
                 return Ok((path, ledger));
             }
-            format!(
-                "VM {} is {} and belongs to the pool at {}: claim one with `vmcache get`",
-                ledger.id,
-                ledger.state.name(),
-                ledger.endpoint
-            )
+            match ledger.endpoint.as_str() {
+                "" => format!("VM {} is still booting, for another command", ledger.id),
+                pool => format!(
+                    "VM {} is {} and belongs to the pool at {pool}: claim one with `vmcache get`",
+                    ledger.id,
+                    ledger.state.name(),
+                ),
+            }
         }
         n => format!("{n} VMs have an id that begins with {id:?}: give more of it"),
     };
@@ -153,8 +159,14 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
         match find_ledger(common, id) {
             Ok((path, ledger)) => {
                 let id = ledger.id.clone();
-                match from_directory(&path, ledger) {
-                    Ok(vm) => end(vm),
+                match from_directory(&path, ledger).map(end) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => {
+                        let text = format!("VM {id} is gone, but {}", chain(&e));
+                        let e = Failure::new(FAILED, text);
+                        e.report();
+                        failed = Some(e);
+                    }
                     // Dead already: what is left of it is its directory.
                     Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
                 }
@@ -168,19 +180,20 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
     }
     match failed {
         None => Ok(0),
-        Some(_) => Err(Failure::new(FAILED, "not all of them were stopped")),
+        Some(_) => Err(Failure::new(FAILED, "not all of them were stopped as they should be")),
     }
 }
 
 /// Ends a VM; what its guest wrote to disks is there before it goes.
-fn end(mut vm: Vm) {
+fn end(mut vm: Vm) -> Result<(), workload::Error> {
     if !holds_disks(&vm) {
-        return vm.destroy();
+        vm.destroy();
+        return Ok(());
     }
-    match vm.wake() {
-        Ok(agent) => Guest::new(vm, agent).stop(),
-        Err(e) => log::warn!("its disks may lack what it wrote last: {}", chain(&e)),
-    }
+    // It may have been paused.
+    let awake = vm.resume().and_then(|()| vm.wake());
+    let agent = awake.map_err(|e| workload::Error::Unwritten { text: chain(&e) })?;
+    Guest::new(vm, agent).stop(WRITING_OUT)
 }
 
 /// `vmcache list`.

@@ -20,7 +20,10 @@ use super::terminal::Terminal;
 use super::{connect, own_config, Outcome};
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::vm::VmConfig;
-use crate::workload::{send_root, Command, Guest};
+use crate::workload::{send_root, Command, Guest, WRITING_OUT};
+
+/// For a guest that has been given up, to write out its disks.
+const HURRY: Duration = Duration::from_secs(2);
 
 /// Claims a VM, wakes it, prints it, and leaves it to the caller.
 pub fn get(common: &Common, g: &Get) -> Outcome {
@@ -113,7 +116,8 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         eprintln!("{}", guest.vm().id());
         guest.keep().let_go();
     } else {
-        guest.stop();
+        // A guest that does not answer is not waited for a second time.
+        guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
     }
     Ok(ended.code)
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::args::{Common, Template as Command};
 use super::output::{age, Failure, FAILED};
 use super::progress::Progress;
+use super::session::Session;
 use super::Outcome;
 use crate::config::Config;
 use crate::factory::template::{Status, Template};
@@ -19,8 +20,15 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
     match command {
         Command::Create(j) => {
             config.check_files()?;
+            config.check_template()?;
+            let session = Session::start()?;
             let progress = Progress::start("making the template");
-            let made = template.create(&mut |_, _| {})?;
+            let made = template.create(&mut |id, qemu| {
+                if let Ok(pidfd) = qemu.watch() {
+                    session.hold(&config.store().join(id), pidfd);
+                }
+            })?;
+            session.release();
             drop(progress);
             let status = look(&template)?;
             show(&status, j.json, Some(made));

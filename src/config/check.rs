@@ -116,8 +116,12 @@ impl Config {
         Ok(())
     }
 
-    /// A template's memory is a file of its own in template_path.
-    fn check_template(&self) -> Result<(), Error> {
+    /// Checks what templates need: their memory is a file of its own in
+    /// template_path.
+    ///
+    /// # Errors
+    /// [`Error`], naming file, line and key.
+    pub fn check_template(&self) -> Result<(), Error> {
         if !self.text(FACTORY, "template_path").starts_with('/') {
             return Err(self.wrong(FACTORY, "template_path", "must be an absolute path"));
         }

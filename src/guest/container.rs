@@ -87,8 +87,9 @@ impl Container {
     }
 
     fn set_up(&mut self, id: &str, spec: &mut Spec, storages: &[Storage]) -> Outcome<()> {
+        let root = spec.Root.as_ref().map(|r| r.Path.clone()).unwrap_or_default();
         for storage in storages {
-            self.mounts.push(storage::attach(storage)?);
+            self.mounts.push(storage::attach(storage, Path::new(&root))?);
         }
         let linux = spec.Linux.mut_or_insert_default();
         if let Some(resources) = linux.Resources.as_ref() {
@@ -196,8 +197,10 @@ impl Container {
             }
             sleep(EMPTYING);
         }
-        for path in self.mounts.drain(..).rev() {
-            storage::detach(&path)?;
+        // One that stays is still known, for the next try.
+        while let Some(path) = self.mounts.last() {
+            storage::detach(path)?;
+            self.mounts.pop();
         }
         fs::remove_dir_all(&self.dir).during(|| format!("remove {}", self.dir.display()))
     }

@@ -1,16 +1,21 @@
 //! CopyFile: files, directories and links from the host, in pieces.
 //!
 //! A file comes in pieces by offset into a temporary name beside it and takes
-//! its place with the last one, so nobody sees half a file.
+//! its place with the last one, so nobody sees half a file. The guest takes its
+//! name from the file that hostname(5) tells of, as at a boot.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{chown, lchown, symlink, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::stat::SFlag;
+use nix::unistd::sethostname;
 
 use super::failure::{Attempt, Failure, Outcome};
 use crate::proto::agent::CopyFileRequest;
+
+/// What the guest is called.
+const HOST_NAME: &str = "/etc/hostname";
 
 /// Stores what one request brings.
 pub fn store(r: &CopyFileRequest) -> Outcome<()> {
@@ -49,7 +54,12 @@ pub fn store(r: &CopyFileRequest) -> Outcome<()> {
         let Some(temporary) = whole else { return Ok(()) };
         chown(&temporary, uid, gid).during(attempt)?;
         fs::set_permissions(&temporary, mode).during(attempt)?;
-        fs::rename(&temporary, &path).during(attempt)
+        fs::rename(&temporary, &path).during(attempt)?;
+        if path == Path::new(HOST_NAME) {
+            let name = fs::read_to_string(&path).during(attempt)?;
+            sethostname(name.trim()).during(|| "set the host name")?;
+        }
+        Ok(())
     })
 }
 

@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Component, Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::stat::{makedev, mknod, Mode, SFlag};
 use nix::unistd::{chdir, chown, pivot_root, Gid, Uid};
@@ -150,7 +151,11 @@ fn one(root: &Path, m: &Mount) -> Outcome<()> {
     let (flags, propagation, data) = options(&m.options);
     let bind = flags.contains(MsFlags::MS_BIND) || m.type_ == "bind";
     if bind && Path::new(&m.source).is_file() {
-        file_at(&target).during(attempt)?;
+        match file_at(&target) {
+            // A root that can not be written has no place for it, and is used without.
+            Err(e) if e.raw_os_error() == Some(Errno::EROFS as i32) => return Ok(()),
+            other => other.during(attempt)?,
+        }
     } else {
         fs::create_dir_all(&target).during(attempt)?;
     }
@@ -177,6 +182,9 @@ fn one(root: &Path, m: &Mount) -> Outcome<()> {
 }
 
 fn file_at(path: &Path) -> std::io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }

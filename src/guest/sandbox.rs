@@ -5,7 +5,7 @@
 //! process name is the container's own.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ impl Sandbox {
             std::fs::write("/etc/resolv.conf", lines).during(|| "write /etc/resolv.conf")?;
         }
         for storage in &request.storages {
-            table.mounts.push(storage::attach(storage)?);
+            table.mounts.push(storage::attach(storage, Path::new("/"))?);
         }
         table.id = Some(request.sandbox_id.clone());
         Ok(())
@@ -71,8 +71,9 @@ impl Sandbox {
         for (_, container) in containers {
             lock(&container).remove(Duration::ZERO)?;
         }
-        for path in table.mounts.drain(..).rev() {
-            storage::detach(&path)?;
+        while let Some(path) = table.mounts.last() {
+            storage::detach(path)?;
+            table.mounts.pop();
         }
         table.id = None;
         Ok(())

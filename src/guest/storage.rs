@@ -17,6 +17,7 @@ use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::unistd::syncfs;
 
 use super::failure::{Attempt, Failure, Outcome};
+use super::mounts::inside;
 use crate::proto::agent::Storage;
 
 /// How long a device that was plugged in may take to come.
@@ -29,9 +30,13 @@ const FIRST_BUS: &str = "/sys/devices/pci0000:00";
 /// is not theirs, or are asked in its order.
 const USUAL: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "iso9660"];
 
-/// Mounts a storage; where.
-pub fn attach(s: &Storage) -> Outcome<PathBuf> {
-    let target = PathBuf::from(&s.mount_point);
+/// Mounts a storage for a container with this root; where. A place below the
+/// root is found with the root's links, not the guest's.
+pub fn attach(s: &Storage, root: &Path) -> Outcome<PathBuf> {
+    let target = match Path::new(&s.mount_point).strip_prefix(root) {
+        Ok(below) if root != Path::new("/") && below != Path::new("") => inside(root, below)?,
+        _ => PathBuf::from(&s.mount_point),
+    };
     let source = match s.driver.as_str() {
         "blk" => device_at(&s.source)?,
         _ => PathBuf::from(&s.source),
@@ -134,6 +139,13 @@ fn mount_found(disk: &Path, target: &Path, flags: MsFlags, data: Option<&str>) -
             Ok(()) => return Ok(()),
             // Not this one's, as file systems say it.
             Err(Errno::EINVAL | Errno::ENODATA | Errno::EUCLEAN) => {}
+            Err(Errno::EROFS) => {
+                return Err(Failure::invalid(format!(
+                    "mount {} ({kind}): it was not unmounted cleanly, and can not be mended \
+                     read-only: attach it once without :ro, or run fsck on it",
+                    disk.display()
+                )));
+            }
             Err(e) => {
                 return Err(e).during(|| {
                     format!("mount {} ({kind}) on {}", disk.display(), target.display())

@@ -197,7 +197,7 @@ async fn wait(mut call: Call, place: &Arc<Place>, owner: Owner, pool: &Pool) {
 /// Sends a VM to its claimer and tells the driver what became of it.
 async fn deliver(call: Call, ready: Box<Ready>, owner: Owner, pool: &Pool, waited: bool) {
     let Call { client, sink } = call;
-    let Ready { vm, message, note } = *ready;
+    let Ready { vm, message, note, .. } = *ready;
     let sent = match note.write(&owner) {
         Ok(()) => {
             // Nobody else is woken before the answer is out: on a small machine

@@ -13,12 +13,16 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::hypervisor::qemu::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::{Ledger, Owner, State};
 use crate::vm::{wire, Vm};
+
+/// After so many seconds a VM without a QEMU is nobody's: one is started at once.
+const UNSTARTED: u64 = 60;
 
 /// Makes the store when it is missing, and sweeps it; the VMs that clients have.
 ///
@@ -37,12 +41,18 @@ pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
         });
         if ledger.endpoint == own {
             kept.extend(settle(&path, ledger, dead));
-        } else if ledger.endpoint.is_empty() && ledger.pid != 0 && dead {
+        } else if ledger.endpoint.is_empty() && dead && (ledger.pid != 0 || old(&ledger)) {
             log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
             drop(VmDir::adopt(&path));
         }
     }
     Ok(kept)
+}
+
+/// Whether it was made so long ago that its QEMU, if there were one, had a pid by now.
+fn old(ledger: &Ledger) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    now.saturating_sub(ledger.created) > UNSTARTED
 }
 
 fn runs(owner: &Owner) -> bool {

@@ -119,6 +119,7 @@ pub fn ticks_per_second() -> u64 {
 pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>], leased: bool) {
     use std::os::unix::process::CommandExt;
     let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+    let parent = nix::unistd::getpid();
     // SAFETY: setsid, sigprocmask, prctl, close_range and fcntl are async-signal-safe
     // and nothing here allocates.
     unsafe {
@@ -127,6 +128,10 @@ pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>],
             nix::sys::signal::SigSet::empty().thread_set_mask()?;
             if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());
+            }
+            // A parent that was gone before the request is never heard of.
+            if leased && nix::unistd::getppid() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
             // CLOEXEC and not close: std's own error pipe must survive until exec.
             let flags = libc::CLOSE_RANGE_CLOEXEC;

@@ -93,6 +93,13 @@ impl error::Error for Error {
     }
 }
 
+impl Error {
+    /// Whether the guest, or its QEMU, is what fails, and not this host.
+    pub fn is_guests(&self) -> bool {
+        matches!(self, Error::Silent { .. } | Error::Closed { .. } | Error::Garbage { .. })
+    }
+}
+
 /// Path of a port's socket in a VM's directory.
 pub fn socket(dir: &Path, port: usize) -> PathBuf {
     dir.join(format!("agent.{port}.sock"))

@@ -332,7 +332,8 @@ impl Booted {
     }
 
     fn give_back(mut self) -> Result<Booted, BootError> {
-        match balloon::give_back(&mut self.connected.monitor) {
+        let within = self.connected.spawned.clock.left();
+        match balloon::give_back(&mut self.connected.monitor, within) {
             Ok(bytes) => {
                 let id = &self.connected.spawned.ledger.id;
                 log::debug!("VM {id} gave {} MiB back to the host", bytes >> 20);

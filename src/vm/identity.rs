@@ -38,23 +38,32 @@ pub fn refresh(agent: &dyn Agent) -> Result<(), Error> {
     agent.set_guest_date_time(now)
 }
 
-/// Gives a guest the machine id that belongs to its VM's: the UUID without its
-/// dashes, as machine-id(5) has it. Done before a VM is published, since a
-/// clone has its template's file.
+/// What a guest calls itself, by its VM's id.
+pub fn host_name(id: &str) -> String {
+    format!("vm-{}", id.get(..8).unwrap_or("guest"))
+}
+
+/// Gives a guest its names: the machine id that belongs to its VM's, the UUID
+/// without its dashes, as machine-id(5) has it, and a host name, which our agent
+/// sets when it gets hostname(5). Done before a VM is published, since a clone
+/// has its template's.
 ///
 /// # Errors
 /// As the agent's; the VM must then not be used.
 pub fn name(agent: &dyn Agent, id: &str) -> Result<(), Error> {
-    let data = format!("{}\n", id.replace('-', "")).into_bytes();
-    agent.copy_file(CopyFileRequest {
-        path: "/etc/machine-id".into(),
-        file_size: data.len() as i64,
-        // A regular file that everybody may read.
-        file_mode: 0o100_444,
-        dir_mode: 0o755,
-        data,
-        ..CopyFileRequest::default()
-    })
+    let file = |path: &str, line: String, mode: u32| {
+        let data = format!("{line}\n").into_bytes();
+        agent.copy_file(CopyFileRequest {
+            path: path.into(),
+            file_size: data.len() as i64,
+            file_mode: 0o100_000 | mode,
+            dir_mode: 0o755,
+            data,
+            ..CopyFileRequest::default()
+        })
+    };
+    file("/etc/machine-id", id.replace('-', ""), 0o444)?;
+    file("/etc/hostname", host_name(id), 0o644)
 }
 
 #[cfg(test)]

@@ -40,6 +40,8 @@ pub const MAIN: &str = "main";
 pub const GUEST_ROOT: &str = "/run/vmcache/rootfs";
 /// The guest's own root.
 const OWN_ROOT: &str = "/";
+/// How long a guest may take to write out its disks, unless there is a hurry.
+pub const WRITING_OUT: Duration = Duration::from_secs(120);
 /// Beside a VM's ledger: which container later commands join.
 const NOTE: &str = "workload.json";
 
@@ -61,6 +63,8 @@ pub enum Error {
     Io { during: &'static str, path: PathBuf, source: io::Error },
     /// The guest's side of a copy failed.
     Copy { text: String },
+    /// The guest could not be had to write out its disks before the VM's end.
+    Unwritten { text: String },
 }
 
 impl fmt::Display for Error {
@@ -73,6 +77,9 @@ impl fmt::Display for Error {
             Error::Attach(e) => e.fmt(f),
             Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
             Error::Copy { text } => write!(f, "copy files: {text}"),
+            Error::Unwritten { text } => {
+                write!(f, "its disks may lack what the guest wrote last: {text}")
+            }
         }
     }
 }
@@ -205,7 +212,7 @@ impl Guest {
     ) -> Result<Running, Error> {
         let sandbox = CreateSandboxRequest {
             sandbox_id: self.vm.id().to_string(),
-            hostname: format!("vm-{}", self.vm.id().get(..8).unwrap_or("guest")),
+            hostname: identity::host_name(self.vm.id()),
             dns: self.attached.dns(),
             ..CreateSandboxRequest::default()
         };
@@ -288,18 +295,16 @@ impl Guest {
         }
     }
 
-    /// Destroys the VM, once what it wrote to its disks is there; dropping this
-    /// destroys it as a power cut would.
-    pub fn stop(self) {
-        let Some(note) = note(&self.vm).filter(|n| n.disks) else { return };
-        if let Err(e) = self.remove(&note.container) {
-            log::warn!(
-                "VM {}: its disks could not be unmounted before its end, and may lack what it \
-                 wrote last: {}",
-                self.vm.id(),
-                crate::report::chain(&e)
-            );
-        }
+    /// Destroys the VM, once what it wrote to its disks is there, for which it has
+    /// so long; dropping this destroys it as a power cut would.
+    ///
+    /// # Errors
+    /// [`Error::Unwritten`]; the VM is gone all the same.
+    pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        let Some(note) = note(&self.vm).filter(|n| n.disks) else { return Ok(()) };
+        self.agent
+            .remove_container(&note.container, patience)
+            .map_err(|e| Error::Unwritten { text: crate::report::chain(&e) })
     }
 
     /// Leaves the VM running; whoever knows its id owns it now.

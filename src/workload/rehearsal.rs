@@ -19,6 +19,8 @@ use crate::proto::agent::CreateContainerRequest;
 const NAME: &str = "rehearsal";
 /// Until the agent of a VM that stands ready answers.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Until the command has ended.
+const RUNNING: Duration = Duration::from_secs(10);
 /// Until its container is gone.
 const REMOVAL: Duration = Duration::from_secs(10);
 
@@ -33,9 +35,10 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
         OCI: Some(Command::new(files::AGENT).arg("--version").spec(OWN_ROOT)).into(),
         ..CreateContainerRequest::default()
     })?;
-    agent.start_container(NAME)?;
-    agent.wait_process(&ProcessId { container: NAME.into(), exec: String::new() })?;
-    agent.remove_container(NAME, REMOVAL)
+    let id = ProcessId { container: NAME.into(), exec: String::new() };
+    let ran = agent.start_container(NAME).and_then(|()| agent.wait_process(&id, Some(RUNNING)));
+    let removed = agent.remove_container(NAME, REMOVAL);
+    ran.and(removed)
 }
 
 /// Runs it in a VM that is awake, over a connection of its own.

@@ -56,7 +56,7 @@ impl Running {
     /// # Errors
     /// When the agent can not be reached any more.
     pub fn wait(&self) -> Result<i32, Error> {
-        self.agent.wait_process(&self.id).map_err(Error::Agent)
+        self.agent.wait_process(&self.id, None).map_err(Error::Agent)
     }
 
     /// Sends it a signal, by number.

@@ -95,6 +95,81 @@ fn a_debian_image_is_the_root_raw_or_qcow2() {
     assert_nothing_left(&d.quit().0);
 }
 
+/// The image's root can not be written: resolvers have no place there, or the one
+/// they have.
+#[test]
+fn a_read_only_root_may_have_a_network() {
+    let prepared = require_qemu!();
+    let dir = in_memory("ro-net");
+    let debian = prepared.join("debian");
+    let raw = dir.0.join("debian.img").display().to_string();
+    host(&format!("mkfs.ext4 -q -d {} {raw} 600M", debian.display()));
+    let d = Daemon::start(&Options::pool(&prepared, 2));
+    let options = ["--image", &format!("{raw}:ro"), "--net", "user"];
+    assert_eq!(run(&d, &options, "ls /sys/class/net | head -n 1"), "eth0\n");
+    assert_nothing_left(&d.quit().0);
+}
+
+/// A mount point is found with the links of the command's root, not the guest's.
+#[test]
+fn a_disk_is_mounted_where_the_roots_own_links_say() {
+    let prepared = require_qemu!();
+    let dir = in_memory("links");
+    let image = disk(&dir, "data.img");
+    let root = prepared.join("debian");
+    let root = root.to_str().unwrap();
+    let mut options = Options::pool(&prepared, 1);
+    options.memory = 1024;
+    let d = Daemon::start(&options);
+    // Debian's /var/run is a link to /run.
+    let at = ["--rootfs", root, "--image", &image, "--mount", "/var/run/data"];
+    let out = run(&d, &at, "echo kept > /var/run/data/f; cut -d' ' -f2,3 /proc/mounts | grep data");
+    assert_eq!(out, "/run/data ext4\n");
+    d.wait_ready(1);
+    assert_eq!(run(&d, &["--image", &image, "--mount", "/mnt"], "cat /mnt/f"), "kept\n");
+    for place in ["/proc/data", "/dev", "/sys/x"] {
+        let (code, error) = refused(&d, &["--image", &image, "--mount", place]);
+        assert!(code == Some(2) && error.contains("would hide it"), "{error}");
+    }
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn a_paused_vm_writes_its_disk_out_before_it_is_stopped() {
+    let prepared = require_qemu!();
+    let dir = in_memory("paused");
+    let image = disk(&dir, "data.img");
+    let d = Daemon::start(&Options::pool(&prepared, 2));
+    let at = ["run", "--keep", "--image", &image, "--mount", "/mnt", "--"];
+    let all: Vec<&str> = at.into_iter().chain(["sh", "-c", "echo kept > /mnt/f"]).collect();
+    let id = text(&d.output(&all).stderr).trim().to_string();
+    d.ok(&["pause", &id]);
+    d.ok(&["stop", &id]);
+    assert_eq!(run(&d, &["--image", &image, "--mount", "/mnt"], "cat /mnt/f"), "kept\n");
+    assert_nothing_left(&d.quit().0);
+}
+
+/// The command is told that its disk fails; nothing stands still.
+#[test]
+fn a_full_disk_of_the_host_is_an_error_in_the_guest() {
+    let prepared = require_qemu!();
+    let dir = Dir::new();
+    let small = dir.0.join("small");
+    fs::create_dir(&small).unwrap();
+    host(&format!("mount -t tmpfs -o size=6m vmct-full {}", small.display()));
+    let small = Dir(small);
+    let image = disk(&small, "data.img");
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let script = "head -c 12000000 /dev/urandom > /mnt/f && sync /mnt/f && echo written";
+    let at = ["run", "--image", &image, "--mount", "/mnt", "--", "sh", "-c", script];
+    let before = std::time::Instant::now();
+    let out = d.output(&at);
+    assert!(!out.status.success() && !text(&out.stdout).contains("written"), "{:?}", out);
+    assert!(before.elapsed() < std::time::Duration::from_secs(60), "{:?}", before.elapsed());
+    drop(small);
+    assert_nothing_left(&d.quit().0);
+}
+
 fn clone_with(machine: &str) {
     let prepared = require_qemu!();
     let dir = in_memory(&format!("attach-{machine}"));

@@ -55,8 +55,28 @@ impl Dir {
     }
 }
 
+impl Dir {
+    /// One on a disk, as far as /var/tmp is on one.
+    pub fn on_disk() -> Dir {
+        let n = NEXT.fetch_add(1, Ordering::SeqCst);
+        let path = PathBuf::from(format!("/var/tmp/vmct-{}-{n}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Dir(path)
+    }
+}
+
+/// Where file systems are mounted, at a path or below it.
+pub fn mounts(path: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mounts").unwrap();
+    let places = table.lines().filter_map(|l| l.split(' ').nth(1)).map(PathBuf::from);
+    places.filter(|place| place.starts_with(path)).collect()
+}
+
 impl Drop for Dir {
     fn drop(&mut self) {
+        for place in mounts(&self.0) {
+            let _ = Command::new("umount").arg("-l").arg(place).status();
+        }
         let _ = fs::remove_dir_all(&self.0);
     }
 }

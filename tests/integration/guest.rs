@@ -17,7 +17,7 @@ use vmcache::proto::types::{IPAddress, Interface, Route};
 use vmcache::transport::serial::socket;
 use vmcache::workload::{Command, Guest};
 
-use crate::daemon::{assert_nothing_left, prepared, qemus, wait_for, Dir, Options};
+use crate::daemon::{assert_nothing_left, prepared, qemus, wait_for, Dir, Options, LONG};
 use crate::require_qemu;
 
 /// A VM of the test's own, without a server.
@@ -153,17 +153,17 @@ fn a_container_has_what_its_spec_says() {
     agent.close_stdin(&e).unwrap();
     assert_eq!(agent.read_stream(&e, Stream::Out, 100).unwrap(), b"end\n");
     assert_eq!(agent.read_stream(&e, Stream::Err, 100).unwrap(), b"");
-    assert_eq!(agent.wait_process(&e).unwrap(), 0);
+    assert_eq!(agent.wait_process(&e, None).unwrap(), 0);
     let pids: Vec<i32> =
         serde_json::from_slice(&agent.list_processes("c", "json").unwrap()).unwrap();
     assert_eq!(pids.len(), 1);
     agent.signal_process(&c, 9).unwrap();
-    assert_eq!(agent.wait_process(&c).unwrap(), 137);
+    assert_eq!(agent.wait_process(&c, None).unwrap(), 137);
     agent.remove_container("c", Duration::from_secs(5)).unwrap();
     assert!(matches!(agent.stats_container("c"), Err(Error::Refused { .. })));
     assert!(output(&guest, &format!("ls -d {group} 2>&1")).contains("No such file"));
     agent.destroy_sandbox().unwrap();
-    guest.stop();
+    guest.stop(LONG).unwrap();
     assert_nothing_left(&dir.0);
 }
 
@@ -237,7 +237,7 @@ fn clock_random_files_network_and_details() {
     agent.update_routes(Vec::new()).unwrap();
     assert!(!agent.list_routes().unwrap().iter().any(|r| r.dest == "192.0.2.0/24"));
     assert!(agent.update_routes(vec![route("nonsense", "")]).is_err());
-    guest.stop();
+    guest.stop(LONG).unwrap();
     assert_nothing_left(&dir.0);
 }
 
@@ -304,6 +304,6 @@ fn four_clients_at_once_and_one_that_dies_in_the_middle() {
     }
     guest.agent().check(Duration::from_secs(20)).unwrap();
     assert_eq!(qemus(&dir.0).len(), 1);
-    guest.stop();
+    guest.stop(LONG).unwrap();
     assert_nothing_left(&dir.0);
 }

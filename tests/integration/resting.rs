@@ -53,6 +53,23 @@ fn without_rehearsal_and_pause_a_vm_is_left_as_it_is() {
 }
 
 #[test]
+fn a_vm_that_is_not_paused_is_rehearsed_once() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 1);
+    options.more_ours.push_str("pause_idle = false\n");
+    let d = Daemon::start(&options);
+    d.wait_rest(1);
+    let pid = d.status()["vms"][0]["pid"].as_i64().unwrap();
+    let before = ticks(pid);
+    std::thread::sleep(Duration::from_secs(3));
+    // A guest that idles, but runs: a rehearsal after the other would take half of it.
+    let taken = ticks(pid) - before;
+    assert!(taken < 90, "{taken} of 300 ticks");
+    assert_eq!(d.status()["pool"]["awake"], 0);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
 fn a_vm_can_be_claimed_before_it_has_come_to_rest() {
     let prepared = require_qemu!();
     // While the second one boots, the first is awake.

@@ -2,10 +2,20 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::daemon::{assert_nothing_left, wait_for, Daemon, Dir, Options};
+use vmcache::agent::{Agent, ProcessId, Stream};
+use vmcache::factory::grpccache::GrpcCache;
+use vmcache::hypervisor::qemu::qmp::Qmp;
+use vmcache::proto::agent::CreateContainerRequest;
+use vmcache::proto::oci::{Process, Root, Spec};
+use vmcache::vm::wire::from_wire;
+use vmcache::vm::Vm;
+
+use crate::daemon::{assert_nothing_left, wait_child, wait_for, Daemon, Dir, Options, LONG};
 use crate::require_qemu;
 
 /// A directory in memory, removed at the end.
@@ -21,6 +31,41 @@ pub fn cloning(mut options: Options, dir: &Dir) -> Options {
     options
 }
 
+/// What a command prints in a VM as it was published: nothing has woken it but this.
+fn first_words(vm: &mut Vm, script: &str) -> String {
+    vm.resume().unwrap();
+    let agent = vm.connect_agent().unwrap();
+    let spec = Spec {
+        Root: Some(Root { Path: "/".into(), ..Root::default() }).into(),
+        Process: Some(Process {
+            Args: ["sh", "-c", script].map(String::from).to_vec(),
+            Env: vec!["PATH=/bin:/usr/bin".into()],
+            Cwd: "/".into(),
+            ..Process::default()
+        })
+        .into(),
+        ..Spec::default()
+    };
+    let request = CreateContainerRequest {
+        container_id: "first".into(),
+        OCI: Some(spec).into(),
+        ..CreateContainerRequest::default()
+    };
+    agent.create_container(request).unwrap();
+    agent.start_container("first").unwrap();
+    let id = ProcessId { container: "first".into(), exec: String::new() };
+    let mut out = Vec::new();
+    loop {
+        let piece = agent.read_stream(&id, Stream::Out, 4096).unwrap();
+        if piece.is_empty() {
+            break String::from_utf8(out).unwrap();
+        }
+        out.extend(piece);
+    }
+}
+
+/// Of 32 clones, as they stand in the pool, nothing that should be their own is
+/// another's: what the guest's first command reads, and what QEMU tells.
 #[test]
 fn every_clone_is_unique() {
     let prepared = require_qemu!();
@@ -29,15 +74,26 @@ fn every_clone_is_unique() {
     for vm in d.status()["vms"].as_array().unwrap() {
         assert_eq!(vm["source"], "template");
     }
+    let client = GrpcCache::connect(&d.socket()).unwrap();
     let script = "head -c 1000 /dev/urandom | sha256sum; cat /proc/sys/kernel/random/uuid \
                   /etc/machine-id /proc/sys/kernel/hostname";
     let mut seen = HashSet::new();
     for _ in 0..32 {
-        let out = d.ok(&["run", "--", "sh", "-c", script]);
-        assert_eq!(out.lines().count(), 4, "{out}");
-        for line in out.lines() {
-            assert!(seen.insert(line.to_string()), "twice: {line}");
+        let mut vm = from_wire(&client.claim_raw(Some(LONG)).unwrap()).unwrap();
+        let out = first_words(&mut vm, script);
+        let mut own: Vec<String> = out.lines().map(str::to_string).collect();
+        assert_eq!(own.len(), 4, "{out}");
+        assert_eq!(own[2], vm.id().replace('-', ""));
+        assert_eq!(own[3], format!("vm-{}", &vm.id()[..8]));
+        let mut qmp = Qmp::connect(&vm.monitor(), LONG).unwrap();
+        for (command, key) in [("query-uuid", "UUID"), ("query-vm-generation-id", "guid")] {
+            let answer = qmp.execute(command, None, LONG).unwrap();
+            own.push(format!("{command} {}", answer[key].as_str().unwrap()));
         }
+        for one in own {
+            assert!(seen.insert(one.clone()), "twice: {one}");
+        }
+        vm.destroy();
     }
     assert_eq!(d.log_lines("template-making").len(), 1);
     // What direct VMs can do, clones can.
@@ -52,21 +108,33 @@ fn a_clones_clock_is_right_after_a_minutes_pause() {
     let prepared = require_qemu!();
     let dir = in_memory("clock");
     let d = Daemon::start(&cloning(Options::pool(&prepared, 3), &dir));
+    // All are paused from here on.
+    d.wait_rest(3);
     std::thread::sleep(Duration::from_secs(60));
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
     for _ in 0..3 {
+        // It reads its clock when it is told to. Of busybox, the one that shows
+        // microseconds.
+        let script = "echo up; read line; adjtimex";
+        let mut command = d.command(&["run", "--", "sh", "-c", script]);
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "up");
         let before = now();
-        // Of busybox, the one that shows microseconds.
-        let out = d.ok(&["run", "--", "adjtimex"]);
-        let field = |name: &str| -> f64 {
-            let line = out.lines().find_map(|l| l.trim().strip_prefix(name)).unwrap();
-            line.trim().parse().unwrap()
-        };
-        let guest = field("time.tv_sec:") + field("time.tv_usec:") / 1e6;
+        child.stdin.take().unwrap().write_all(b"now\n").unwrap();
+        let (mut seconds, mut micro) = (None, None);
+        for line in lines.map_while(Result::ok) {
+            let value = |name: &str| line.trim().strip_prefix(name)?.trim().parse::<f64>().ok();
+            seconds = seconds.or(value("time.tv_sec:"));
+            micro = micro.or(value("time.tv_usec:"));
+        }
         let after = now();
+        wait_child(&mut child);
+        let guest = seconds.unwrap() + micro.unwrap() / 1e6;
         // It was read at some instant between.
         assert!(
-            guest > before - 0.1 && guest < after + 0.1,
+            guest > before - 0.1 && guest < after + 0.1 && after - before < 1.0,
             "guest {guest}, host {before} to {after}"
         );
     }
@@ -123,6 +191,55 @@ fn a_template_that_breaks_is_made_anew_and_the_pool_stays_open() {
     d.wait_log("template-ready", 3);
     d.wait_ready(1);
     assert_nothing_left(&d.quit().0);
+}
+
+/// A new kernel in the old one's place is seen by the next clone.
+#[test]
+fn a_kernel_that_is_replaced_while_the_server_runs_is_noticed() {
+    let prepared = require_qemu!();
+    let dir = in_memory("replaced");
+    let mut options = cloning(Options::pool(&prepared, 1), &dir);
+    let (kernel, new) = (dir.0.join("kernel"), dir.0.join("kernel.new"));
+    let mut bytes = fs::read(&options.kernel).unwrap();
+    fs::write(&kernel, &bytes).unwrap();
+    options.kernel = kernel.display().to_string();
+    let d = Daemon::start(&options);
+    // The same bytes in another file: looked at, and found to fit.
+    fs::write(&new, &bytes).unwrap();
+    fs::rename(&new, &kernel).unwrap();
+    assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
+    d.wait_log("template-reused", 1);
+    d.wait_ready(1);
+    // Others: whatever is behind a kernel's image, it still boots.
+    bytes.extend([0; 16]);
+    fs::write(&new, &bytes).unwrap();
+    fs::rename(&new, &kernel).unwrap();
+    assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
+    d.wait_log("template-ready", 2);
+    d.wait_ready(1);
+    assert_nothing_left(&d.quit().0);
+}
+
+/// Two servers with one template_path and different templates do not take turns
+/// at making it.
+#[test]
+fn a_template_that_another_configuration_replaced_is_still_used_by_who_has_it() {
+    let prepared = require_qemu!();
+    let dir = in_memory("two");
+    let first = cloning(Options::pool(&prepared, 1), &dir);
+    let mut second = cloning(Options::pool(&prepared, 1), &dir);
+    second.more_qemu = "kernel_params = \"vmcache.other=1\"\n".into();
+    let (a, b) = (Daemon::start(&first), Daemon::start(&second));
+    for _ in 0..2 {
+        for d in [&a, &b] {
+            assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
+            d.wait_ready(1);
+        }
+    }
+    for d in [a, b] {
+        assert_eq!(d.log_lines("template-making").len(), 1, "{}", d.log());
+        assert_nothing_left(&d.quit().0);
+    }
 }
 
 #[test]

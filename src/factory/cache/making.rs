@@ -57,7 +57,7 @@ impl Source {
                 .and_then(|vm| match ClaimNote::open(vm.dir()) {
                     Ok(note) => {
                         let message = wire::to_wire(&vm, &self.config);
-                        Ok(Box::new(Ready { vm, message, note }))
+                        Ok(Box::new(Ready { vm, message, note, at_rest: false }))
                     }
                     Err(e) => Err(BootError::after_boot(vm, e)),
                 })

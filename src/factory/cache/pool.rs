@@ -30,6 +30,8 @@ pub struct Ready {
     pub message: GrpcVM,
     /// Where its claimer will stand.
     pub note: ClaimNote,
+    /// Whether all that is done for a VM that waits has been done.
+    pub at_rest: bool,
 }
 
 /// What the driver is told.

@@ -61,15 +61,18 @@ fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
     }
 }
 
-/// Why an agent can not be said to answer. One that refuses has answered: a
-/// guest may lack the program, and then merely starts cold.
+/// Why an agent can not be said to answer. One that refuses has answered (a guest
+/// may lack the program, and then merely starts cold), and what this host lacks
+/// is not the guest's fault.
 fn silent(rehearsed: Result<(), Error>) -> Option<String> {
-    match rehearsed {
-        Ok(()) => None,
-        Err(e @ (Error::Refused { .. } | Error::Unsupported { .. })) => {
-            log::debug!("rehearsal: {}", chain(&e));
-            None
-        }
-        Err(e) => Some(chain(&e)),
+    let e = rehearsed.err()?;
+    let guest = match &e {
+        Error::Call { .. } => true,
+        Error::Connect { source } => source.is_guests(),
+        _ => false,
+    };
+    if !guest {
+        log::info!("rehearsal: {}; the VM starts cold", chain(&e));
     }
+    guest.then(|| chain(&e))
 }

@@ -17,6 +17,8 @@ use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 
 /// The file's name.
 pub const FILE: &str = "manifest.json";
+/// Its name until it is whole.
+pub const NEW: &str = "manifest.json.new";
 /// Changes when a template of an older version of this program can not be used.
 const FORMAT: u32 = 1;
 /// Largest manifest read, in bytes.
@@ -74,23 +76,33 @@ pub fn digest(mut from: impl Read) -> io::Result<String> {
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
+/// The files of a configuration from which a template is made.
+fn sources(config: &Config) -> Vec<PathBuf> {
+    let mut paths = vec![config.qemu(), config.kernel(), config.initrd()];
+    let firmware = config.text(QEMU, "firmware");
+    if !firmware.is_empty() {
+        paths.push(firmware.into());
+    }
+    paths
+}
+
+/// Which files those are now: cheap to ask, and others when they were replaced.
+pub fn stamps(config: &Config) -> Vec<Option<Stamp>> {
+    sources(config).iter().map(|p| fs::metadata(p).ok().map(|m| Stamp::of(&m))).collect()
+}
+
 impl Parts {
     /// What a template of this configuration is made from, now.
     ///
     /// # Errors
     /// When a file can not be read; the text names it.
     pub fn of(config: &Config) -> io::Result<Parts> {
-        let mut paths = vec![config.qemu(), config.kernel(), config.initrd()];
-        let firmware = config.text(QEMU, "firmware");
-        if !firmware.is_empty() {
-            paths.push(firmware.into());
-        }
         let part = |path: PathBuf| {
             let digest = File::open(&path).and_then(digest);
             let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
             Ok(Part { sha256: digest.map_err(named)?, path })
         };
-        let files: io::Result<Vec<Part>> = paths.into_iter().map(part).collect();
+        let files: io::Result<Vec<Part>> = sources(config).into_iter().map(part).collect();
         let names = Names {
             id: "",
             uuid: "",
@@ -112,7 +124,7 @@ impl Manifest {
     /// As the file system's.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
-        let temporary = dir.join("manifest.json.new");
+        let temporary = dir.join(NEW);
         fs::write(&temporary, bytes)?;
         fs::rename(&temporary, dir.join(FILE))
     }

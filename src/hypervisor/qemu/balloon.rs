@@ -31,19 +31,22 @@ const BLOWING: Duration = Duration::from_secs(3);
 /// Until it must have all of it again.
 const LETTING: Duration = Duration::from_secs(10);
 
-/// Has the guest give back what it does not use; how much that was, in bytes.
+/// Has the guest give back, within so long, what it does not use; how much that
+/// was, in bytes.
 /// A guest without a driver for it gives nothing.
 ///
 /// # Errors
 /// When QEMU does not answer, or the guest does not take its memory again: the
 /// VM is then of no use.
-pub fn give_back(qmp: &mut Qmp) -> Result<u64, Error> {
+pub fn give_back(qmp: &mut Qmp, within: Duration) -> Result<u64, Error> {
+    let end = Instant::now() + within;
     let whole = actual(qmp)?;
     if whole <= KEEP {
         return Ok(0);
     }
     set(qmp, KEEP)?;
-    let deadline = Instant::now() + BLOWING;
+    // Letting it down must fit too.
+    let deadline = (Instant::now() + BLOWING).min(end - within / 2);
     let (mut least, mut same) = (whole, 0);
     let enough = |least| if least == whole { NO_START } else { STEADY };
     while same < enough(least) && least > KEEP && Instant::now() < deadline {
@@ -53,7 +56,7 @@ pub fn give_back(qmp: &mut Qmp) -> Result<u64, Error> {
         least = least.min(now);
     }
     set(qmp, whole)?;
-    let deadline = Instant::now() + LETTING;
+    let deadline = (Instant::now() + LETTING).min(end);
     while actual(qmp)? < whole {
         if Instant::now() > deadline {
             return Err(qmp.silent("the return of the balloon's memory", LETTING));

@@ -145,11 +145,18 @@ pub fn add_disk(qmp: &mut Qmp, drive: &Drive<'_>) -> Result<String, Error> {
     });
     let device = json!({
         "driver": "virtio-blk-pci", "id": place.name("virtio-drive"), "drive": node,
+        // The guest is told: by default, a full disk of the host stops the VM, and nobody
+        // would ever hear of it.
+        "werror": "report", "rerror": "report",
     });
     // The lock is taken by one or the other, as QEMU likes.
     qmp.execute("blockdev-add", Some(block), QUICK).and_then(|_| place.add(qmp, device)).map_err(
         |e| match e {
-            qmp::Error::Refused { text, .. } if text.contains("lock") => Error::InUse,
+            qmp::Error::Refused { text, .. }
+                if text.contains("Failed to get") && text.contains("lock") =>
+            {
+                Error::InUse
+            }
             other => Error::Monitor(other),
         },
     )?;

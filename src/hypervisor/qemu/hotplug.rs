@@ -103,20 +103,21 @@ pub fn add_cpus(qmp: &mut Qmp, count: usize) -> Result<(), Error> {
     if free.len() < count {
         return Err(Error::Full { what: "CPUs", wanted: count, free: free.len() });
     }
-    let place = |c: &Map<String, Value>, key: &str| c["props"][key].as_u64().unwrap_or(0);
+    let place = |c: &Map<String, Value>, key: &str| {
+        c.get("props").and_then(|p| p[key].as_u64()).unwrap_or(0)
+    };
     free.sort_by_key(|c| ["socket-id", "core-id", "thread-id"].map(|k| place(c, k)));
     for (batch, places) in free[..count].chunks(BATCH).enumerate() {
         let mut names = Vec::new();
         for (n, cpu) in places.iter().enumerate() {
             let id = format!("cpu-{}", batch * BATCH + n);
-            let mut arguments = cpu.get("props").cloned().unwrap_or_else(|| json!({}));
-            arguments["driver"] = cpu.get("type").cloned().unwrap_or_default();
-            arguments["id"] = id.clone().into();
+            let properties = cpu.get("props").and_then(Value::as_object);
+            let mut arguments = properties.cloned().unwrap_or_default();
+            arguments.insert("driver".into(), cpu.get("type").cloned().unwrap_or_default());
+            arguments.insert("id".into(), id.clone().into());
             // QEMU puts it there by itself, and refuses the property on some machines.
-            if let Some(properties) = arguments.as_object_mut() {
-                properties.remove("node-id");
-            }
-            qmp.execute("device_add", Some(arguments), QUICK)?;
+            arguments.remove("node-id");
+            qmp.execute("device_add", Some(Value::Object(arguments)), QUICK)?;
             names.push(id);
         }
         accepted(qmp, names)?;

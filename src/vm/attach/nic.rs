@@ -141,11 +141,18 @@ fn open_tap(name: &str, netns: Option<&Path>) -> Result<OwnedFd, Error> {
             let name = name.to_string();
             // Its namespace is the thread's own, and goes with it.
             let thread = Worker::spawn("vmc-netns", move || {
-                setns(space, CloneFlags::CLONE_NEWNET)?;
-                tap::open(&name)
+                setns(space, CloneFlags::CLONE_NEWNET).map(|()| tap::open(&name))
             });
             let joined = thread.and_then(|t| t.join(OPENING));
-            joined.map_err(|e| error(&e.to_string(), None))?
+            let entered = joined.map_err(|e| error(&e.to_string(), None))?;
+            entered.map_err(|e| {
+                let what = match e {
+                    Errno::EINVAL => "the file is no network namespace",
+                    Errno::EPERM => "entering the namespace takes CAP_SYS_ADMIN",
+                    _ => "enter the namespace",
+                };
+                error(what, Some(e.into()))
+            })?
         }
     };
     opened.map_err(|e| {
@@ -157,7 +164,8 @@ fn open_tap(name: &str, netns: Option<&Path>) -> Result<OwnedFd, Error> {
                 "not this user's: make it with `ip tuntap add mode tap user USER NAME`, or run \
                  with CAP_NET_ADMIN"
             }
-            _ => "open it",
+            Some(Errno::ENOENT) => "there is no /dev/net/tun: load the kernel's module tun",
+            _ => "open it through /dev/net/tun",
         };
         error(what, Some(e))
     })

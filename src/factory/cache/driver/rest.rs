@@ -58,7 +58,7 @@ impl Driver {
     pub(super) fn let_rest(&mut self, ready: &Ready) {
         let pid = ready.vm.pid();
         let known = self.rest.awake.iter().chain(&self.rest.busy).any(|(p, _)| *p == pid);
-        if known || ready.vm.paused() || !(self.rest.rehearse || self.rest.pause) {
+        if known || ready.at_rest || !(self.rest.rehearse || self.rest.pause) {
             return;
         }
         self.rest.awake.push_back((pid, ready.vm.agent_address().clone()));
@@ -97,8 +97,7 @@ impl Driver {
             return self.died(*ready, &format!("no longer answers: {why}"));
         }
         if !self.rest.pause {
-            self.at_rest(pid);
-            return self.publish(ready);
+            return self.at_rest(ready);
         }
         let agent = ready.vm.agent_address().clone();
         self.pool.into_hands();
@@ -117,18 +116,19 @@ impl Driver {
         if let Some(why) = failed {
             return self.died(*ready, &format!("can not be paused: {why}"));
         }
-        self.at_rest(ready.vm.pid());
-        self.publish(ready);
-        // Claims take the first: those at rest before those awake.
-        let mut all: Vec<_> = self.pool.ready.try_iter().collect();
-        all.sort_by_key(|ready| !ready.vm.paused());
-        all.into_iter().for_each(|ready| self.publish(ready));
+        self.at_rest(ready);
     }
 
-    fn at_rest(&mut self, pid: i32) {
-        if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
+    fn at_rest(&mut self, mut ready: Box<Ready>) {
+        if let Some(seen) = self.pool.board.facts().vms.get_mut(&ready.vm.pid()) {
             seen.awake = false;
         }
+        ready.at_rest = true;
+        self.publish(ready);
+        // Claims take the first: those at rest before those that are not.
+        let mut all: Vec<_> = self.pool.ready.try_iter().collect();
+        all.sort_by_key(|ready| !ready.at_rest);
+        all.into_iter().for_each(|ready| self.publish(ready));
     }
 
     /// A VM out of the ready channel, if it is there.
