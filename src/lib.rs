@@ -5,13 +5,14 @@
 //!  configuration.toml ─► config ─► vm::VmConfig
 //!                                    │
 //!                                    ▼
-//!                          factory::direct (cold boot)
+//!             factory::direct (cold boot) or factory::template (clones)
 //!                                    │
 //!               boot workers (one blocking thread for each VM being made:
-//!               spawn QEMU ─► QMP ─► agent check ─► identity ─► pause)
+//!               spawn QEMU ─► QMP ─► agent check ─► identity)
 //!                                    │ the Vm moves by value
 //!                                    ▼
 //!               factory::cache, the pool: one driver thread, one select!
+//!               (a VM that nobody wants yet is rehearsed and paused)
 //!                                    │ the Vm moves out, once
 //!                                    ▼
 //!               server: gRPC  ══ proto/cache.proto ══►  factory::grpccache
