@@ -18,14 +18,14 @@ use crate::proto::agent::{
 };
 use crate::proto::oci::{LinuxResources, Process};
 use crate::proto::types::{Interface, Route};
-use crate::transport::serial;
+use crate::transport;
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug)]
 #[allow(missing_docs)] // The fields are what the text names.
 pub enum Error {
     /// It could not be reached.
-    Connect { source: serial::Error },
+    Connect { source: transport::Error },
     /// Its address is of no kind that is known.
     Address { url: String, why: String },
     /// The connection broke, or time was up.

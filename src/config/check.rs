@@ -156,8 +156,8 @@ impl Config {
             let why = "guests from a disk image are not supported by this version: use initrd";
             return Err(self.wrong(QEMU, "image", why));
         }
-        if !["auto", "serial"].contains(&self.text(OURS, "transport")) {
-            let why = "must be \"auto\" or \"serial\" in this version";
+        if !["auto", "serial", "vsock"].contains(&self.text(OURS, "transport")) {
+            let why = "must be \"auto\", \"serial\" or \"vsock\" in this version";
             return Err(self.wrong(OURS, "transport", why));
         }
         let driver = self.text(QEMU, "block_device_driver");

@@ -224,6 +224,15 @@ impl Config {
         self.flag(OURS, "pause_idle")
     }
 
+    /// Whether the agent is reached over vsock.
+    pub fn vsock(&self) -> bool {
+        match self.text(OURS, "transport") {
+            "vsock" => true,
+            "auto" => crate::transport::vsock::available(),
+            _ => false,
+        }
+    }
+
     /// Most CPUs that a VM can have; QEMU and the kernel must know it at boot.
     pub fn max_cpus(&self) -> u32 {
         // What QEMU's machines take without an IOMMU.

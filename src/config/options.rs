@@ -136,7 +136,12 @@ pub static OPTIONS: [Opt; 44] = [
         "the server's socket; at most 107 bytes",
     ),
     opt(OURS, "accel", Text("kvm"), "kvm, or tcg where there is no KVM"),
-    opt(OURS, "transport", Text("auto"), "how to reach the agent: auto or serial"),
+    opt(
+        OURS,
+        "transport",
+        Text("auto"),
+        "how to reach the agent: vsock, serial, or auto: vsock where the host has /dev/vhost-vsock",
+    ),
     opt(OURS, "boot_timeout", Number(30), "seconds until a VM that is not ready has failed"),
     opt(
         OURS,

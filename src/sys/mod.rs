@@ -12,3 +12,5 @@ pub mod rpc;
 #[cfg(feature = "host")]
 pub mod tap;
 pub mod terminal;
+#[cfg(feature = "host")]
+pub mod vsock;

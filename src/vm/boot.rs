@@ -31,6 +31,7 @@ use crate::hypervisor::qemu::balloon;
 use crate::hypervisor::qemu::migrate;
 use crate::hypervisor::qemu::process::Process;
 use crate::hypervisor::qemu::qmp::Qmp;
+use crate::transport::vsock;
 
 /// How long a QEMU that has gone silent may take to be dead of itself.
 const LAST_BREATH: Duration = Duration::from_millis(300);
@@ -211,7 +212,14 @@ impl Spawned {
             endpoint,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             owner: None,
+            cid: None,
         };
+        // Held until QEMU has it.
+        let vsock = match config.vsock() {
+            true => Some(vsock::reserve().map_err(|e| early(&id, Phase::Directory, e.into()))?),
+            false => None,
+        };
+        ledger.cid = vsock.as_ref().map(|(cid, _)| *cid);
         ledger.write(dir.path()).map_err(directory)?;
         // Bound before QEMU starts, so there is no wait for it to appear.
         let monitor = UnixListener::bind(dir.monitor()).map_err(directory)?;
@@ -229,9 +237,11 @@ impl Spawned {
                     head: o.head.map(File::as_raw_fd),
                 },
             },
+            vsock: vsock.as_ref().map(|(cid, file)| (*cid, file.as_raw_fd())),
         };
         let args = argv(config, &names);
         let mut inherited = vec![monitor.as_fd()];
+        inherited.extend(vsock.as_ref().map(|(_, file)| file.as_fd()));
         match base {
             Base::None => {}
             Base::Template(file) => inherited.push(file.as_fd()),
@@ -296,7 +306,7 @@ impl Connected {
 
     fn await_guest(self) -> Result<Booted, BootError> {
         let console = Console::open(&self.spawned.dir);
-        let address = Address::Serial(self.spawned.dir.path().to_path_buf());
+        let address = Address::of(self.spawned.dir.path(), self.spawned.ledger.cid);
         let clock = self.spawned.clock;
         let agent = KataAgent::await_boot(&address, clock.left())
             .and_then(|agent| agent.check(clock.left()).map(|()| agent));

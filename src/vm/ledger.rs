@@ -91,6 +91,9 @@ pub struct Ledger {
     pub created: u64,
     /// Who claimed it.
     pub owner: Option<Owner>,
+    /// Its guest's vsock address, when it has one.
+    #[serde(default)]
+    pub cid: Option<u32>,
 }
 
 impl Ledger {
@@ -216,6 +219,7 @@ mod tests {
             endpoint: "/e".into(),
             created: 3,
             owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true }),
+            cid: Some(7),
         };
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);

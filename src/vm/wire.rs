@@ -80,7 +80,7 @@ pub fn to_wire(vm: &Vm, config: &Config) -> GrpcVM {
         "QemuSMP": {
             "CPUs": vm.cpus(), "Cores": 1, "Threads": 1, "Sockets": most, "MaxCPUs": most,
         },
-        "ContextID": 0,
+        "ContextID": vm.agent.cid().unwrap_or(0),
         "Vmcache": ours,
     });
     GrpcVM {
@@ -132,7 +132,7 @@ pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
 pub fn from_directory(dir: &Path, ledger: Ledger) -> Result<Vm, Error> {
     let process = Process::adopt(ledger.pid, ledger.start_time)
         .map_err(|_| Error::Dead { id: ledger.id.clone(), pid: ledger.pid })?;
-    let agent = Address::Serial(dir.to_path_buf());
+    let agent = Address::of(dir, ledger.cid);
     Ok(Vm { process, dir: VmDir::adopt(dir), ledger, agent, paused: false })
 }
 

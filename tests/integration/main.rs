@@ -16,6 +16,7 @@
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
 //! | `template_place` | its mount, its room, its creation cut short |
+//! | `vsock`     | kernel vsock, in a VM of a kernel that has it (`tests/nested`) |
 //! | `readme`    | the README's table of options is the code's |
 //!
 //! `tests/run` prepares what they need and names it in `VMCACHE_TEST_DIR`;
@@ -38,4 +39,5 @@ mod rootfs;
 mod run;
 mod template_place;
 mod templates;
+mod vsock;
 mod wire;

@@ -110,6 +110,7 @@ impl Parts {
             monitor: 0,
             host_memory: crate::host::memory_mib(),
             memory: Memory::Own,
+            vsock: config.vsock().then_some((0, 0)),
         };
         let arguments = argv(config, &names);
         let arguments = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();

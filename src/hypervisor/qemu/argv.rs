@@ -41,6 +41,8 @@ pub struct Names<'a> {
     pub host_memory: u64,
     /// Where its memory is.
     pub memory: Memory,
+    /// Its vsock address, and the number of the fd that reserves it.
+    pub vsock: Option<(u32, i32)>,
 }
 
 /// Where a VM's memory is.
@@ -82,6 +84,12 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     bridges(c, &mut args);
     serial(n.dir, &mut args);
     disks_and_random(c, &mut args);
+    if let Some((cid, fd)) = n.vsock {
+        args.pair(
+            "-device",
+            format!("vhost-vsock-pci,vhostfd={fd},id=vsock-{cid},guest-cid={cid}"),
+        );
+    }
     // Never for shared memory: see `balloon`.
     if n.memory == Memory::Own && c.flag(QEMU, "reclaim_guest_freed_memory") {
         let device = "virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on";
@@ -269,6 +277,7 @@ mod tests {
             monitor: 9,
             host_memory: 4096,
             memory: Memory::Own,
+            vsock: Some((4_252_714_826, 4)),
         };
         let args: Vec<String> =
             argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();
@@ -295,6 +304,8 @@ mod tests {
             -initrd I -append";
         assert!(got.contains(end), "{got}");
         assert!(got.ends_with("-smp 1,cores=1,threads=1,sockets=2,maxcpus=2"), "{got}");
+        let vsock = "-device vhost-vsock-pci,vhostfd=4,id=vsock-4252714826,guest-cid=4252714826 ";
+        assert!(got.contains(vsock), "{got}");
         assert!(got.contains("name=agent.channel.3") && !got.contains("agent.channel.4"));
     }
 

@@ -12,7 +12,7 @@ use crate::vm::Vm;
 pub enum Phase {
     /// The template that it is to be a clone of.
     Template,
-    /// The VM's directory and sockets.
+    /// The VM's directory, sockets and addresses.
     Directory,
     /// QEMU's process.
     Spawn,
