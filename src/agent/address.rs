@@ -5,15 +5,20 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Error;
+use super::{Error, Kind};
 use crate::transport::{self, serial, vsock};
 
 /// The port on which Kata's agents, and ours, listen.
 pub const PORT: u32 = 1024;
 
+/// The URL of no agent.
+const NOOP: &str = "noop:";
+
 /// An agent's address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
+    /// There is none.
+    Noop,
     /// Our agent, on the serial ports of the VM whose directory this is.
     Serial(PathBuf),
     /// Any agent, on the vsock of the guest with this CID.
@@ -27,20 +32,25 @@ pub enum Address {
 
 impl Address {
     /// Where the agent of a VM is: on vsock when it has a CID.
-    pub fn of(dir: &Path, cid: Option<u32>) -> Address {
-        match cid {
-            Some(cid) => Address::Vsock { cid, port: PORT },
-            None => Address::Serial(dir.to_path_buf()),
+    pub fn of(kind: Kind, dir: &Path, cid: Option<u32>) -> Address {
+        match (kind, cid) {
+            (Kind::Noop, _) => Address::Noop,
+            (Kind::Kata, Some(cid)) => Address::Vsock { cid, port: PORT },
+            (Kind::Kata, None) => Address::Serial(dir.to_path_buf()),
         }
     }
 
-    /// Parses `serial:///run/vc/vm/ID` and, as Kata writes it, `vsock://CID:PORT`.
+    /// Parses `noop:`, `serial:///run/vc/vm/ID` and, as Kata writes it,
+    /// `vsock://CID:PORT`.
     ///
     /// # Errors
     /// [`Error::Address`] for any other.
     pub fn parse(url: &str) -> Result<Address, Error> {
         let bad =
             |why: &str| Error::Address { url: url.chars().take(200).collect(), why: why.into() };
+        if url == NOOP {
+            return Ok(Address::Noop);
+        }
         if let Some(rest) = url.strip_prefix("vsock://") {
             let parts =
                 rest.split_once(':').and_then(|(c, p)| Some((c.parse().ok()?, p.parse().ok()?)));
@@ -60,7 +70,7 @@ impl Address {
     /// The CID of a guest with vsock.
     pub fn cid(&self) -> Option<u32> {
         match self {
-            Address::Serial(_) => None,
+            Address::Noop | Address::Serial(_) => None,
             Address::Vsock { cid, .. } => Some(*cid),
         }
     }
@@ -72,6 +82,9 @@ impl Address {
     /// [`Error::Connect`].
     pub fn connect(&self, within: Duration, patience: Duration) -> Result<UnixStream, Error> {
         let stream = match self {
+            Address::Noop => {
+                return Err(Error::Address { url: NOOP.into(), why: "nobody is there".into() })
+            }
             Address::Serial(dir) => {
                 serial::open(dir, within, patience).map_err(transport::Error::Serial)
             }
@@ -86,6 +99,7 @@ impl Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Address::Noop => f.write_str(NOOP),
             Address::Serial(dir) => write!(f, "serial://{}", dir.display()),
             Address::Vsock { cid, port } => write!(f, "vsock://{cid}:{port}"),
         }
@@ -98,14 +112,14 @@ mod tests {
 
     #[test]
     fn an_address_comes_back_and_nonsense_does_not() {
-        for url in ["serial:///run/vc/vm/x", "vsock://4252714826:1024"] {
+        for url in ["noop:", "serial:///run/vc/vm/x", "vsock://4252714826:1024"] {
             assert_eq!(Address::parse(url).unwrap().to_string(), url);
         }
         for url in ["", "serial://x", "vsock://", "vsock://3", "vsock://x:1", "hvsock:///x:1"] {
             assert!(Address::parse(url).is_err(), "{url}");
         }
         let there = Path::new("/v/x");
-        assert_eq!(Address::of(there, Some(7)).to_string(), "vsock://7:1024");
-        assert_eq!(Address::of(there, None).cid(), None);
+        assert_eq!(Address::of(Kind::Kata, there, Some(7)).to_string(), "vsock://7:1024");
+        assert_eq!(Address::of(Kind::Kata, there, None).cid(), None);
     }
 }

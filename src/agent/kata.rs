@@ -14,7 +14,7 @@ use ttrpc::context::{with_duration, Context};
 use ttrpc::Code;
 
 use super::address::Address;
-use super::{Agent, Error, Outcome, ProcessId, Stream};
+use super::{Agent, Error, Kind, Outcome, ProcessId, Stream};
 use crate::proto::agent::*;
 use crate::proto::agent_ttrpc::AgentServiceClient;
 use crate::proto::health::{CheckRequest, HealthCheckResponse};
@@ -68,15 +68,6 @@ impl KataAgent {
         KataAgent::over(address.connect(within, within)?)
     }
 
-    /// Ends the connection and waits, but not for long, until the guest has closed
-    /// its end: what it does for that is then not left for whoever wakes it.
-    pub fn leave(self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
-        let hung_up = PollFd::new(self.stream.as_fd(), PollFlags::empty());
-        let timeout = PollTimeout::try_from(FAREWELL).unwrap_or(PollTimeout::MAX);
-        let _ = poll(&mut [hung_up], timeout);
-    }
-
     fn over(stream: UnixStream) -> Outcome<KataAgent> {
         let kept = stream
             .try_clone()
@@ -126,6 +117,17 @@ macro_rules! request {
 }
 
 impl Agent for KataAgent {
+    fn kind(&self) -> Kind {
+        Kind::Kata
+    }
+
+    fn leave(self: Box<Self>) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let hung_up = PollFd::new(self.stream.as_fd(), PollFlags::empty());
+        let timeout = PollTimeout::try_from(FAREWELL).unwrap_or(PollTimeout::MAX);
+        let _ = poll(&mut [hung_up], timeout);
+    }
+
     fn check(&self, within: Duration) -> Outcome<()> {
         let answer: HealthCheckResponse = self
             .health

@@ -1,16 +1,22 @@
 //! Agents: who answers inside a guest, and what can be asked of them.
 //!
 //! [`Agent`] is the interface; [`kata`] speaks it to Kata's agents of 2.x and
-//! later and to our own, over ttrpc. A call that an agent can not do is
-//! [`Error::Unsupported`], never a silent success.
+//! later and to our own, over ttrpc; [`noop`] is none. A call that an agent can
+//! not do is [`Error::Unsupported`], never a silent success.
 
 pub mod address;
 pub mod kata;
+pub mod noop;
 
 use std::error;
 use std::fmt;
 use std::io;
+use std::str::FromStr;
 use std::time::Duration;
+
+use address::Address;
+use kata::KataAgent;
+use serde_derive::{Deserialize, Serialize};
 
 use crate::proto::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, GuestDetailsResponse,
@@ -63,6 +69,75 @@ impl error::Error for Error {
     }
 }
 
+/// Which agent a guest has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// None.
+    Noop,
+    /// Kata's of 2.x and later, or ours.
+    #[default]
+    Kata,
+}
+
+impl Kind {
+    /// All there are.
+    pub const ALL: [Kind; 2] = [Kind::Noop, Kind::Kata];
+
+    /// Kata's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Noop => "noop",
+            Kind::Kata => "kata",
+        }
+    }
+}
+
+/// A type of agent that nobody knows.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UnknownKind(String);
+
+impl fmt::Display for UnknownKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = Kind::ALL.map(Kind::name).join(", ");
+        write!(f, "Unknown agent type {}; there are {known}", self.0)
+    }
+}
+
+impl error::Error for UnknownKind {}
+
+impl FromStr for Kind {
+    type Err = UnknownKind;
+
+    fn from_str(text: &str) -> Result<Kind, UnknownKind> {
+        let found = Kind::ALL.into_iter().find(|k| k.name() == text);
+        found.ok_or_else(|| UnknownKind(text.chars().take(64).collect()))
+    }
+}
+
+/// Connects to the agent of a guest that is up; it has answered when this
+/// returns.
+///
+/// # Errors
+/// [`Error::Connect`] when nothing answers.
+pub fn connect(address: &Address, within: Duration) -> Outcome<Box<dyn Agent>> {
+    match address {
+        Address::Noop => Ok(Box::new(noop::Noop)),
+        _ => Ok(Box::new(KataAgent::connect(address, within)?)),
+    }
+}
+
+/// The same for a guest that may still be booting.
+///
+/// # Errors
+/// [`Error::Connect`] when nothing answers.
+pub fn await_boot(address: &Address, within: Duration) -> Outcome<Box<dyn Agent>> {
+    match address {
+        Address::Noop => Ok(Box::new(noop::Noop)),
+        _ => Ok(Box::new(KataAgent::await_boot(address, within)?)),
+    }
+}
+
 /// What most calls give.
 pub type Outcome<T> = Result<T, Error>;
 
@@ -90,6 +165,12 @@ pub struct ProcessId {
 ///
 /// Every call's errors are [`Error`].
 pub trait Agent: Send + Sync {
+    /// Which one it is.
+    fn kind(&self) -> Kind;
+    /// Ends the connection and waits, but not for long, until the guest has closed
+    /// its end: what it does for that is then not left for whoever wakes it.
+    /// Dropping ends the connection, too.
+    fn leave(self: Box<Self>);
     /// Whether it serves.
     fn check(&self, within: Duration) -> Outcome<()>;
     /// Version of the protocol and of the agent.
@@ -147,4 +228,27 @@ pub trait Agent: Send + Sync {
     fn list_routes(&self) -> Outcome<Vec<Route>>;
     /// Replaces them.
     fn update_routes(&self, routes: Vec<Route>) -> Outcome<Vec<Route>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_are_named_as_kata_names_them() {
+        for kind in Kind::ALL {
+            assert_eq!(kind.name().parse(), Ok(kind));
+        }
+        let e = "pigeon".parse::<Kind>().unwrap_err().to_string();
+        assert_eq!(e, "Unknown agent type pigeon; there are noop, kata");
+    }
+
+    #[test]
+    fn no_agent_answers_at_once_and_can_do_nothing() {
+        let agent = connect(&Address::Noop, Duration::ZERO).unwrap();
+        agent.check(Duration::ZERO).unwrap();
+        let e = agent.start_container("c").unwrap_err();
+        assert!(matches!(e, Error::Unsupported { call: "StartContainer" }), "{e}");
+        agent.leave();
+    }
 }

@@ -9,7 +9,6 @@ use serde_json::{json, Value};
 use super::args::{Common, Json, Many, One};
 use super::output::{age, harmless, table, Failure, FAILED};
 use super::{optional_config, Outcome};
-use crate::agent::Agent;
 use crate::config::options::{find, Fallback, OURS};
 use crate::report::chain;
 use crate::sys::process::{start_time, state};
@@ -34,7 +33,8 @@ fn claimed(ledger: &Ledger) -> bool {
     match ledger.state {
         State::Handed | State::Handing => true,
         State::Ready => ledger.endpoint.is_empty(),
-        State::Booting => false,
+        // A client's, and the client is gone: whoever finds it may end it.
+        State::Booting => ledger.endpoint.is_empty() && !ledger.owner.is_some_and(|o| o.runs()),
     }
 }
 

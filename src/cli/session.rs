@@ -114,6 +114,14 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    /// A signal that is ending this process ends it, with its own exit code: that a
+    /// VM has gone because of it is no failure to be told.
+    fn drop(&mut self) {
+        drop(self.stage.lock());
+    }
+}
+
 fn on_signal(signal: Signal, stage: &mut Stage) {
     if let Some(process) = &stage.process {
         let _ = process.try_send(signal);

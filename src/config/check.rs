@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::options::{FACTORY, OURS, QEMU};
 use super::raw::Raw;
 use super::{Accel, Config, Error, Machine, MAX_POOL, MAX_SOCKET_PATH};
+use crate::agent::Kind;
 
 /// Longest name of a file in a VM's directory, `<uuid>/agent.3.sock`, with slashes.
 const VM_FILES: usize = 51;
@@ -22,6 +23,7 @@ impl Config {
             warnings: raw.warnings.clone(),
             accel: Accel::Kvm,
             machine: Machine::Q35,
+            agent_kind: Kind::Kata,
             boot_timeout: Duration::ZERO,
             boot_parallel: 0,
             pool: 0,
@@ -39,6 +41,8 @@ impl Config {
             "pc" => Machine::Pc,
             _ => return Err(config.wrong(QEMU, "machine_type", "must be \"q35\" or \"pc\"")),
         };
+        let kind = config.text(OURS, "agent").parse::<Kind>();
+        config.agent_kind = kind.map_err(|e| config.wrong(OURS, "agent", e.to_string()))?;
         config.check_numbers()?;
         config.check_paths()?;
         config.check_choices()?;
@@ -124,6 +128,11 @@ impl Config {
     pub fn check_template(&self) -> Result<(), Error> {
         if !self.text(FACTORY, "template_path").starts_with('/') {
             return Err(self.wrong(FACTORY, "template_path", "must be an absolute path"));
+        }
+        if self.agent_kind == Kind::Noop {
+            let why = "can not be \"noop\" with templates: nobody in a clone could make it \
+                       another than its template";
+            return Err(self.wrong(OURS, "agent", why));
         }
         for key in ["enable_hugepages", "enable_mem_prealloc"] {
             if self.flag(QEMU, key) {

@@ -20,6 +20,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::agent::Kind;
 pub use error::Error;
 pub use find::{locate, SEARCH};
 use options::{Fallback, AGENT, FACTORY, OURS, QEMU};
@@ -88,6 +89,8 @@ pub struct Config {
     pub accel: Accel,
     /// Machine type.
     pub machine: Machine,
+    /// Which agent guests have.
+    pub agent_kind: Kind,
     /// Until a VM is ready or has failed.
     pub boot_timeout: Duration,
     /// VMs made at the same time.
@@ -226,11 +229,8 @@ impl Config {
 
     /// Whether the agent is reached over vsock.
     pub fn vsock(&self) -> bool {
-        match self.text(OURS, "transport") {
-            "vsock" => true,
-            "auto" => crate::transport::vsock::available(),
-            _ => false,
-        }
+        // Our agent answers on both, and only its serial ports are private.
+        self.text(OURS, "transport") == "vsock"
     }
 
     /// Most CPUs that a VM can have; QEMU and the kernel must know it at boot.

@@ -60,7 +60,7 @@ pub const PROXY: &str = "proxy.kata";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 44] = [
+pub static OPTIONS: [Opt; 45] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -136,11 +136,12 @@ pub static OPTIONS: [Opt; 44] = [
         "the server's socket; at most 107 bytes",
     ),
     opt(OURS, "accel", Text("kvm"), "kvm, or tcg where there is no KVM"),
+    opt(OURS, "agent", Text("kata"), "which agent guests have: kata, or noop for bare VMs"),
     opt(
         OURS,
         "transport",
         Text("auto"),
-        "how to reach the agent: vsock, serial, or auto: vsock where the host has /dev/vhost-vsock",
+        "how to reach the agent: serial, vsock, or auto, which is serial for our own agent",
     ),
     opt(OURS, "boot_timeout", Number(30), "seconds until a VM that is not ready has failed"),
     opt(

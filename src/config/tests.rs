@@ -42,6 +42,11 @@ fn errors_name_file_line_key_value_and_remedy() {
     for (text, word) in [
         ("[vmcache]\naccel = \"xen\"\n", "\"kvm\" or \"tcg\""),
         ("[vmcache]\ntransport = \"pigeon\"\n", "serial"),
+        ("[vmcache]\nagent = \"pigeon\"\n", "Unknown agent type pigeon; there are noop, kata"),
+        (
+            "[vmcache]\nagent = \"noop\"\n[factory]\nenable_template = true\n",
+            "can not be \"noop\" with templates",
+        ),
         ("[vmcache]\nboot_timeout = 0\n", "1 to 3600"),
         ("[vmcache]\nsocket_mode = \"rw\"\n", "octal"),
         ("[vmcache]\nlog_level = \"loud\"\n", "debug"),

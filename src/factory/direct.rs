@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{BaseFactory, Born, Error, VmStatus, Wanted};
-use crate::agent::kata::KataAgent;
+use crate::agent::Agent;
 use crate::config::Config;
 use crate::hypervisor::qemu::process::Process;
 use crate::vm::boot::{boot, Purpose};
@@ -50,7 +50,7 @@ pub fn cold(
     wanted: &Wanted,
     leased: bool,
     born: Born<'_>,
-) -> Result<(Vm, KataAgent), Error> {
+) -> Result<(Vm, Box<dyn Agent>), Error> {
     let sized = config.resized(wanted.cpus, wanted.memory_mib);
     let sized = sized.map_err(|e| Error::Size { what: e.to_string() })?;
     let store = sized.store();

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::agent::kata::KataAgent;
+use crate::agent::Agent;
 use crate::config::Config;
 use crate::vm::boot::BootError;
 use crate::vm::{self, resize, Vm, VmConfig};
@@ -107,7 +107,7 @@ pub struct Obtained {
     /// The VM; dropping it destroys it.
     pub vm: Vm,
     /// Its agent, which has answered.
-    pub agent: KataAgent,
+    pub agent: Box<dyn Agent>,
     /// Why it was booted cold instead of taken from the pool, if it was.
     pub fallback: Option<String>,
 }
@@ -170,7 +170,7 @@ impl<'a> Factory<'a> {
             (self.born)(vm.dir(), qemu);
         }
         let agent = vm.wake().map_err(Error::Vm)?;
-        vm.grow(&agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
+        vm.grow(&*agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
         Ok(Obtained { vm, agent, fallback: None })
     }
 }

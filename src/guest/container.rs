@@ -197,11 +197,11 @@ impl Container {
             }
             sleep(EMPTYING);
         }
-        // One that stays is still known, for the next try.
-        while let Some(path) = self.mounts.last() {
-            storage::detach(path)?;
-            self.mounts.pop();
+        let written = storage::detach_all(&mut self.mounts);
+        if !self.mounts.is_empty() {
+            return written;
         }
-        fs::remove_dir_all(&self.dir).during(|| format!("remove {}", self.dir.display()))
+        fs::remove_dir_all(&self.dir).during(|| format!("remove {}", self.dir.display()))?;
+        written
     }
 }

@@ -56,8 +56,11 @@ pub fn store(r: &CopyFileRequest) -> Outcome<()> {
         fs::set_permissions(&temporary, mode).during(attempt)?;
         fs::rename(&temporary, &path).during(attempt)?;
         if path == Path::new(HOST_NAME) {
-            let name = fs::read_to_string(&path).during(attempt)?;
-            sethostname(name.trim()).during(|| "set the host name")?;
+            // A file that is no name is only a file.
+            let name = fs::read_to_string(&path).unwrap_or_default();
+            if let Err(e) = sethostname(name.trim()) {
+                eprintln!("vmcache-agent: set the host name as {HOST_NAME} says: {e}");
+            }
         }
         Ok(())
     })

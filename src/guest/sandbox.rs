@@ -71,12 +71,11 @@ impl Sandbox {
         for (_, container) in containers {
             lock(&container).remove(Duration::ZERO)?;
         }
-        while let Some(path) = table.mounts.last() {
-            storage::detach(path)?;
-            table.mounts.pop();
+        let written = storage::detach_all(&mut table.mounts);
+        if table.mounts.is_empty() {
+            table.id = None;
         }
-        table.id = None;
-        Ok(())
+        written
     }
 
     /// Makes a container, its init ready to be started.

@@ -1,7 +1,7 @@
 //! Storages: what CreateSandbox and CreateContainer have mounted in the guest,
 //! disks that were plugged in for it among them.
 //!
-//! Invariants: what was written is on the disk when [`detach`] has succeeded;
+//! Invariants: what was written is on the disk when [`detach_all`] has succeeded;
 //! every wait has a deadline. A disk has one file system, not partitions.
 //!
 //! Source: Kata's agent.proto; a PCI path names a slot on the first bus, then
@@ -52,12 +52,20 @@ pub fn attach(s: &Storage, root: &Path) -> Outcome<PathBuf> {
     Ok(target)
 }
 
-/// Writes out and unmounts what [`attach`] mounted.
-pub fn detach(path: &Path) -> Outcome<()> {
-    let attempt = || format!("unmount {}", path.display());
-    let written = File::open(path).and_then(|f| syncfs(&f).map_err(Into::into));
-    umount2(path, MntFlags::MNT_DETACH).during(attempt)?;
-    written.during(|| format!("write out what was mounted on {}", path.display()))
+/// Writes out and unmounts what [`attach`] mounted, the last first. One that does
+/// not unmount stays in the list, for the next try; one that could not be written
+/// out is an error once all are unmounted.
+pub fn detach_all(mounts: &mut Vec<PathBuf>) -> Outcome<()> {
+    let mut all = Ok(());
+    while let Some(path) = mounts.last() {
+        let written = File::open(path).and_then(|f| syncfs(&f).map_err(Into::into));
+        let written =
+            written.during(|| format!("write out what was mounted on {}", path.display()));
+        umount2(path, MntFlags::MNT_DETACH).during(|| format!("unmount {}", path.display()))?;
+        all = all.and(written);
+        mounts.pop();
+    }
+    all
 }
 
 fn options(list: &[String]) -> (MsFlags, Option<String>) {

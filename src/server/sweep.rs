@@ -18,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::hypervisor::qemu::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
-use crate::vm::ledger::{Ledger, Owner, State};
+use crate::vm::ledger::{Ledger, State};
 use crate::vm::{wire, Vm};
 
 /// After so many seconds a VM without a QEMU is nobody's: one is started at once.
@@ -43,6 +43,9 @@ pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
             kept.extend(settle(&path, ledger, dead));
         } else if ledger.endpoint.is_empty() && dead && (ledger.pid != 0 || old(&ledger)) {
             log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
+            if ledger.pid == 0 {
+                drop(unrecorded(&ledger.id));
+            }
             drop(VmDir::adopt(&path));
         }
     }
@@ -55,17 +58,13 @@ fn old(ledger: &Ledger) -> bool {
     now.saturating_sub(ledger.created) > UNSTARTED
 }
 
-fn runs(owner: &Owner) -> bool {
-    start_time(owner.pid) == Some(owner.start_time)
-}
-
 /// The VM when a client has it; otherwise nothing of it stays.
 fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
     let claimed = match (ledger.state, &ledger.owner) {
-        (State::Handed, Some(owner)) if owner.lease => runs(owner),
+        (State::Handed, Some(owner)) if owner.lease => owner.runs(),
         (State::Handed, _) => true,
         // Its answer may have arrived; who is gone has no more use for it.
-        (State::Handing, Some(owner)) => runs(owner),
+        (State::Handing, Some(owner)) => owner.runs(),
         _ => false,
     };
     let id = ledger.id.clone();

@@ -18,11 +18,10 @@ pub use failure::{BootError, Phase};
 use super::console::Console;
 use super::dir::VmDir;
 use super::identity;
-use super::ledger::{Ledger, State};
+use super::ledger::{Ledger, Owner, State};
 use super::Vm;
 use crate::agent::address::Address;
-use crate::agent::kata::KataAgent;
-use crate::agent::Agent;
+use crate::agent::{self, Agent};
 use crate::config::options::QEMU;
 use crate::config::Config;
 use crate::host;
@@ -95,7 +94,7 @@ pub fn boot_template(
     let purpose = Purpose::Own { leased: true, waits: false };
     let base = Base::Template(memory);
     let guest = Spawned::start(config, &purpose, base, started)?.connect()?.await_guest()?;
-    warm(&guest.agent);
+    warm(&*guest.agent);
     guest.save(state)
 }
 
@@ -167,7 +166,7 @@ struct Connected {
 /// The guest's agent has answered.
 struct Booted {
     connected: Connected,
-    agent: KataAgent,
+    agent: Box<dyn Agent>,
     address: Address,
 }
 
@@ -211,11 +210,15 @@ impl Spawned {
             memory_mib: config.memory(),
             endpoint,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-            owner: None,
+            owner: match purpose {
+                Purpose::Pool { .. } => None,
+                Purpose::Own { leased, .. } => Some(Owner::this_process(*leased)),
+            },
+            agent: config.agent_kind,
             cid: None,
         };
         // Held until QEMU has it.
-        let vsock = match config.vsock() {
+        let vsock = match config.vsock() && config.agent_kind != agent::Kind::Noop {
             true => Some(vsock::reserve().map_err(|e| early(&id, Phase::Directory, e.into()))?),
             false => None,
         };
@@ -306,10 +309,19 @@ impl Connected {
 
     fn await_guest(self) -> Result<Booted, BootError> {
         let console = Console::open(&self.spawned.dir);
-        let address = Address::of(self.spawned.dir.path(), self.spawned.ledger.cid);
+        let ledger = &self.spawned.ledger;
+        let address = Address::of(ledger.agent, self.spawned.dir.path(), ledger.cid);
         let clock = self.spawned.clock;
-        let agent = KataAgent::await_boot(&address, clock.left())
-            .and_then(|agent| agent.check(clock.left()).map(|()| agent));
+        let ask = || {
+            let agent = agent::await_boot(&address, clock.left())?;
+            agent.check(clock.left()).map(|()| agent)
+        };
+        // A clone's guest may hear only now that its connections are another's, and end
+        // this one with them.
+        let agent = match ask() {
+            Err(agent::Error::Call { .. }) if self.spawned.process.alive() => ask(),
+            other => other,
+        };
         let console = console.map(Console::close).unwrap_or_default();
         match agent {
             Ok(agent) => Ok(Booted { connected: self, agent, address }),
@@ -355,8 +367,8 @@ impl Booted {
 
     fn settle(self) -> Result<Vm, BootError> {
         let Booted { connected: Connected { spawned, monitor }, agent, address } = self;
-        let own = identity::refresh(&agent);
-        if let Err(e) = own.and_then(|()| identity::name(&agent, &spawned.ledger.id)) {
+        let own = identity::refresh(&*agent);
+        if let Err(e) = own.and_then(|()| identity::name(&*agent, &spawned.ledger.id)) {
             return Err(spawned.failed(Phase::Identity, e.into(), ""));
         }
         agent.leave();

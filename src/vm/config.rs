@@ -106,7 +106,7 @@ impl VmConfig {
         VmConfig {
             hypervisor_type: "qemu".into(),
             hypervisor,
-            agent_type: Some("kata".into()),
+            agent_type: Some(c.agent_kind.name().into()),
             agent,
             rest,
         }

@@ -8,6 +8,9 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+/// Tries to remove a directory to which others add files.
+const MORE_TRIES: usize = 8;
+
 /// The directory of one VM.
 #[derive(Debug)]
 pub struct VmDir {
@@ -53,15 +56,31 @@ impl VmDir {
     }
 }
 
+/// There was nothing to remove.
+fn gone(e: io::Error) -> io::Result<()> {
+    match e.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(e),
+    }
+}
+
 impl Drop for VmDir {
     fn drop(&mut self) {
         if self.let_go {
             return;
         }
-        if let Err(e) = fs::remove_dir_all(&self.path) {
-            if e.kind() != io::ErrorKind::NotFound {
-                log::warn!("remove the VM directory {}: {e}", self.path.display());
+        // Who is just connecting to the agent may add a port's lock meanwhile.
+        let mut removed = fs::remove_dir_all(&self.path);
+        for _ in 0..MORE_TRIES {
+            match &removed {
+                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                    removed = fs::remove_dir_all(&self.path);
+                }
+                _ => break,
             }
+        }
+        if let Err(e) = removed.or_else(gone) {
+            log::warn!("remove the VM directory {}: {e}", self.path.display());
         }
     }
 }

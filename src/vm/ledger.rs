@@ -16,6 +16,9 @@ use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
 
+use crate::agent::Kind;
+use crate::sys::process::start_time;
+
 /// The file's name.
 pub const FILE: &str = "vm.json";
 /// The note's name.
@@ -65,6 +68,20 @@ pub struct Owner {
     pub lease: bool,
 }
 
+impl Owner {
+    /// The process that asks.
+    pub fn this_process(lease: bool) -> Owner {
+        let pid = std::process::id() as i32;
+        let start_time = start_time(pid).unwrap_or(0);
+        Owner { pid, start_time, uid: nix::unistd::geteuid().as_raw(), lease }
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+}
+
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ledger {
@@ -91,6 +108,9 @@ pub struct Ledger {
     pub created: u64,
     /// Who claimed it.
     pub owner: Option<Owner>,
+    /// Which agent its guest has.
+    #[serde(default)]
+    pub agent: Kind,
     /// Its guest's vsock address, when it has one.
     #[serde(default)]
     pub cid: Option<u32>,
@@ -219,6 +239,7 @@ mod tests {
             endpoint: "/e".into(),
             created: 3,
             owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true }),
+            agent: Kind::Kata,
             cid: Some(7),
         };
         ledger.write(&vm).unwrap();

@@ -30,7 +30,6 @@ use dir::VmDir;
 use ledger::Ledger;
 
 use crate::agent::address::Address;
-use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent};
 use crate::hypervisor::qemu::hotplug;
 use crate::hypervisor::qemu::process::Process;
@@ -202,12 +201,12 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Dead`] or [`Error::Agent`].
-    pub fn connect_agent(&self) -> Result<KataAgent, Error> {
+    pub fn connect_agent(&self) -> Result<Box<dyn Agent>, Error> {
         let failed = |source| match self.alive() {
             true => Error::Agent { id: self.id().into(), source },
             false => Error::Dead { id: self.id().into(), pid: self.pid() },
         };
-        KataAgent::connect(&self.agent, ANSWER).map_err(failed)
+        agent::connect(&self.agent, ANSWER).map_err(failed)
     }
 
     /// Resumes it and gives the guest fresh random numbers and the time: what
@@ -215,12 +214,12 @@ impl Vm {
     ///
     /// # Errors
     /// Any of [`Error`]; the VM must then be destroyed.
-    pub fn wake(&mut self) -> Result<KataAgent, Error> {
+    pub fn wake(&mut self) -> Result<Box<dyn Agent>, Error> {
         if self.paused {
             self.resume()?;
         }
         let agent = self.connect_agent()?;
-        identity::refresh(&agent as &dyn Agent)
+        identity::refresh(&*agent)
             .map_err(|source| Error::Agent { id: self.id().into(), source })?;
         Ok(agent)
     }

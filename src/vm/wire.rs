@@ -132,7 +132,7 @@ pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
 pub fn from_directory(dir: &Path, ledger: Ledger) -> Result<Vm, Error> {
     let process = Process::adopt(ledger.pid, ledger.start_time)
         .map_err(|_| Error::Dead { id: ledger.id.clone(), pid: ledger.pid })?;
-    let agent = Address::of(dir, ledger.cid);
+    let agent = Address::of(ledger.agent, dir, ledger.cid);
     Ok(Vm { process, dir: VmDir::adopt(dir), ledger, agent, paused: false })
 }
 

@@ -8,7 +8,6 @@
 //! Source: Kata's agent.proto; storage driver `blk`, whose source is a PCI path.
 
 use super::{Error, Guest, GUEST_ROOT, OWN_ROOT};
-use crate::agent::Agent;
 use crate::proto::agent::Storage;
 use crate::proto::oci::Mount;
 use crate::proto::types::{IPAddress, IPFamily, Interface, Route};

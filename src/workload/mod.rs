@@ -28,7 +28,6 @@ pub use running::{Running, StreamReader, StreamWriter};
 
 use attached::Attached;
 
-use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent, ProcessId};
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use crate::tree;
@@ -137,15 +136,15 @@ fn note(vm: &Vm) -> Option<Note> {
 /// A VM that is awake.
 pub struct Guest {
     vm: Vm,
-    agent: Arc<KataAgent>,
+    agent: Arc<dyn Agent>,
     fallback: Option<String>,
     attached: Attached,
 }
 
 impl Guest {
     /// A VM whose agent is connected.
-    pub fn new(vm: Vm, agent: KataAgent) -> Guest {
-        Guest { vm, agent: Arc::new(agent), fallback: None, attached: Attached::default() }
+    pub fn new(vm: Vm, agent: Box<dyn Agent>) -> Guest {
+        Guest { vm, agent: Arc::from(agent), fallback: None, attached: Attached::default() }
     }
 
     /// The same, with the reason why it is not of the pool, if it is not.
@@ -159,7 +158,7 @@ impl Guest {
     }
 
     /// Its agent.
-    pub fn agent(&self) -> &Arc<KataAgent> {
+    pub fn agent(&self) -> &Arc<dyn Agent> {
         &self.agent
     }
 

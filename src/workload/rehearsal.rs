@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use super::{files, Command, OWN_ROOT};
 use crate::agent::address::Address;
-use crate::agent::kata::KataAgent;
-use crate::agent::{Agent, Error, ProcessId};
+use crate::agent::{self, Agent, Error, ProcessId};
 use crate::proto::agent::CreateContainerRequest;
 
 /// Name of its container.
@@ -46,8 +45,8 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
 /// # Errors
 /// As [`run`].
 pub fn run_at(agent: &Address) -> Result<(), Error> {
-    let agent = KataAgent::connect(agent, ANSWER)?;
-    let done = run(&agent);
+    let agent = agent::connect(agent, ANSWER)?;
+    let done = run(&*agent);
     agent.leave();
     done
 }

@@ -4,7 +4,6 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use super::Error;
-use crate::agent::kata::KataAgent;
 use crate::agent::{self, Agent, ProcessId, Stream};
 
 /// Bytes of one read or write: large enough to make calls rare, small enough
@@ -15,13 +14,13 @@ pub const CHUNK: usize = 256 * 1024;
 /// used from different threads.
 #[derive(Clone)]
 pub struct Running {
-    agent: Arc<KataAgent>,
+    agent: Arc<dyn Agent>,
     id: ProcessId,
     terminal: bool,
 }
 
 impl Running {
-    pub(super) fn new(agent: Arc<KataAgent>, id: ProcessId, terminal: bool) -> Running {
+    pub(super) fn new(agent: Arc<dyn Agent>, id: ProcessId, terminal: bool) -> Running {
         Running { agent, id, terminal }
     }
 
@@ -88,7 +87,7 @@ fn as_io(e: agent::Error) -> io::Error {
 
 /// The writing end of a process's standard input.
 pub struct StreamWriter {
-    agent: Arc<KataAgent>,
+    agent: Arc<dyn Agent>,
     id: ProcessId,
 }
 
@@ -116,7 +115,7 @@ impl Drop for StreamWriter {
 
 /// The reading end of a process's standard output or error.
 pub struct StreamReader {
-    agent: Arc<KataAgent>,
+    agent: Arc<dyn Agent>,
     id: ProcessId,
     stream: Stream,
     rest: Vec<u8>,

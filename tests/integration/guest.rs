@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use vmcache::agent::{Agent, Error, ProcessId, Stream};
+use vmcache::agent::{Error, ProcessId, Stream};
 use vmcache::config::Config;
 use vmcache::factory::{direct, Wanted};
 use vmcache::proto::agent::{CopyFileRequest, CreateContainerRequest, CreateSandboxRequest};

@@ -181,3 +181,22 @@ fn a_client_with_another_configuration_gets_a_cold_vm_and_is_told() {
     assert_eq!(directories(&daemon.store()).len(), 1);
     assert_nothing_left(&daemon.quit().0);
 }
+
+/// A bare VM: there at once, handed out once, and nobody in it to be asked.
+#[test]
+fn vms_without_an_agent_are_handed_out_too() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 2);
+    options.more_ours.push_str("agent = \"noop\"\n");
+    let d = Daemon::start(&options);
+    d.wait_rest(2);
+    let got: serde_json::Value = serde_json::from_str(&d.ok(&["get", "--json"])).unwrap();
+    assert_eq!((&got["agent_url"], &got["source"]), (&"noop:".into(), &"direct".into()));
+    let id = got["id"].as_str().unwrap();
+    let out = d.output(&["exec", id, "--", "true"]);
+    assert_eq!(out.status.code(), Some(125));
+    assert!(text(&out.stderr).contains("agent has no "), "{}", text(&out.stderr));
+    d.ok(&["stop", id]);
+    d.wait_ready(2);
+    assert_nothing_left(&d.quit().0);
+}

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use vmcache::hypervisor::qemu::qmp::Qmp;
 
-use crate::daemon::{assert_nothing_left, wait_for, Daemon, Dir, Options};
+use crate::daemon::{assert_nothing_left, wait_for, Daemon, Dir, Options, LONG};
 use crate::require_qemu;
 
 /// Processor time that a process has taken, in clock ticks.
@@ -15,6 +16,34 @@ fn ticks(pid: i64) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// Whether the pool's only VM runs, by its monitor.
+fn runs(d: &Daemon) -> bool {
+    let id = d.status()["vms"][0]["id"].as_str().unwrap().to_string();
+    let monitor = d.store().join(id).join("qmp.sock");
+    Qmp::connect(&monitor, LONG).unwrap().running().unwrap()
+}
+
+/// The pause itself hangs: the server still leaves nothing.
+#[test]
+fn a_vm_that_can_not_be_paused_is_not_left_behind_by_a_stop() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 2);
+    options.more_ours.push_str("boot_parallel = 1\nrehearse = false\n");
+    let d = Daemon::launch(&options, Dir::new());
+    let mut still = 0;
+    wait_for("a VM awake", || {
+        let status = d.status();
+        let awake = status["vms"].as_array().unwrap().iter().find(|vm| vm["state"] == "ready");
+        still = awake.map_or(0, |vm| vm["pid"].as_i64().unwrap());
+        still > 0
+    });
+    kill(Pid::from_raw(still as i32), Signal::SIGSTOP).unwrap();
+    // The second one is ready, and so the first one's turn has come.
+    d.wait_log("vm-ready", 2);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_nothing_left(&d.quit().0);
 }
 
 #[test]
@@ -31,7 +60,10 @@ fn a_pool_comes_to_rest_and_takes_no_time() {
     let before: Vec<u64> = pids.iter().map(|pid| ticks(*pid)).collect();
     std::thread::sleep(Duration::from_secs(3));
     let after: Vec<u64> = pids.iter().map(|pid| ticks(*pid)).collect();
-    assert_eq!(before, after, "ticks of {pids:?}");
+    // Of 300: QEMU's own threads may wake once for what they had put off.
+    for (before, after) in before.iter().zip(&after) {
+        assert!(after - before <= 1, "ticks of {pids:?}: {before}, then {after}");
+    }
     // Nothing of the rehearsal is left in the guest.
     let shown = d.ok(&["run", "--", "sh", "-c", "ls /run/vmcache/containers; hostname"]);
     let mut lines = shown.lines();
@@ -47,6 +79,7 @@ fn without_rehearsal_and_pause_a_vm_is_left_as_it_is() {
     options.more_ours.push_str("rehearse = false\npause_idle = false\n");
     let d = Daemon::start(&options);
     assert_eq!(d.status()["pool"]["awake"], 0);
+    assert!(runs(&d), "it is paused");
     assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
     d.wait_ready(1);
     assert_nothing_left(&d.quit().0);
@@ -65,6 +98,7 @@ fn a_vm_that_is_not_paused_is_rehearsed_once() {
     // A guest that idles, but runs: a rehearsal after the other would take half of it.
     let taken = ticks(pid) - before;
     assert!(taken < 90, "{taken} of 300 ticks");
+    assert!(runs(&d), "it is paused");
     assert_eq!(d.status()["pool"]["awake"], 0);
     assert_nothing_left(&d.quit().0);
 }

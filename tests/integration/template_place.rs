@@ -62,6 +62,9 @@ fn a_tmpfs_that_is_too_small_is_found_before_anything_boots() {
     assert!(!dir.0.join("vm").exists());
     assert_eq!(fs::read_dir(&path).unwrap().count(), 1, "more than the lock");
     assert_eq!(mounts(&path).len(), 1, "one over the administrator's");
+    let out = vmcache(&config).args(["template", "destroy"]).output().unwrap();
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert_eq!(mounts(&path).len(), 1, "the administrator's mount is not ours to take away");
     assert_nothing_left(&dir.0);
 }
 

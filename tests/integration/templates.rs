@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use vmcache::agent::{Agent, ProcessId, Stream};
+use vmcache::agent::{ProcessId, Stream};
 use vmcache::factory::grpccache::GrpcCache;
 use vmcache::hypervisor::qemu::qmp::Qmp;
 use vmcache::proto::agent::CreateContainerRequest;

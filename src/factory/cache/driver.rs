@@ -134,7 +134,8 @@ impl Driver {
             let now = Instant::now();
             self.start_boots(now);
             self.rest_next(now);
-            let alarm = self.policy.wake_at(self.view(), now).map_or_else(never, at);
+            let wake = [self.policy.wake_at(self.view(), now), self.rest_at(now)];
+            let alarm = wake.into_iter().flatten().min().map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
                 recv(self.ends.events) -> event => event.ok(),
@@ -242,7 +243,8 @@ impl Driver {
         let vm = &ready.vm;
         let pid = vm.pid();
         self.watch_qemu(vm);
-        let seen = Seen::of(vm, State::Ready, since);
+        // It will come to rest.
+        let seen = Seen { awake: self.rest.wanted(), ..Seen::of(vm, State::Ready, since) };
         {
             let mut facts = self.pool.board.facts();
             facts.counters.boots += 1;
@@ -311,6 +313,24 @@ impl Driver {
         }
     }
 
+    /// What was told too late to be waited for: nobody reads the channel after this,
+    /// and a VM that lies in it would be nobody's.
+    fn last_events(&mut self) {
+        while let Ok(event) = self.ends.events.try_recv() {
+            match event {
+                Event::Delivered { vm, waited } => self.delivered(vm, waited),
+                Event::Started { pidfd, .. } => {
+                    let _ = pidfd_kill(pidfd.as_fd(), KILL);
+                }
+                // Dropped, and with it the VM.
+                _ => {}
+            }
+        }
+        for ready in self.pool.ready.try_iter() {
+            ready.vm.destroy();
+        }
+    }
+
     /// Nothing is handed out any more; what was not handed out is destroyed.
     fn stop(&mut self) {
         self.pool.close();
@@ -355,10 +375,11 @@ impl Driver {
         }
         let resting = self.rest.stop();
         for worker in self.workers.drain(..).chain(resting) {
-            if let Err(e) = worker.join(WORKERS) {
+            if let Err(e) = worker.join(workers.saturating_duration_since(Instant::now())) {
                 log::error!("stop: {e}");
             }
         }
+        self.last_events();
         self.pool.board.facts().vms.retain(|_, vm| vm.state == State::Handed);
     }
 }

@@ -6,17 +6,21 @@
 //! instant of the pause.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{bounded, Receiver, Sender};
 
 use super::pool::{Event, Pool, Ready};
 use crate::agent::address::Address;
-use crate::agent::Error;
+use crate::agent::{self, Error};
 use crate::config::Config;
 use crate::report::chain;
 use crate::vm::wire;
 use crate::worker::{self, Worker};
 use crate::workload::rehearsal;
+
+/// For an agent whose rehearsal did not end, to show that it answers at all.
+const LAST_CHANCE: Duration = Duration::from_secs(30);
 
 /// What the thread is asked to do.
 pub enum Task {
@@ -50,7 +54,7 @@ fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
     for task in todo {
         pool.tell(match task {
             Task::Rehearse { pid, agent } => {
-                Event::Rehearsed { pid, silent: silent(rehearsal::run_at(&agent)) }
+                Event::Rehearsed { pid, silent: silent(rehearsal::run_at(&agent), &agent) }
             }
             Task::Pause(mut ready) => {
                 let failed = ready.vm.pause().err().map(|e| chain(&e));
@@ -62,17 +66,22 @@ fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
 }
 
 /// Why an agent can not be said to answer. One that refuses has answered (a guest
-/// may lack the program, and then merely starts cold), and what this host lacks
-/// is not the guest's fault.
-fn silent(rehearsed: Result<(), Error>) -> Option<String> {
+/// may lack the program, and then merely starts cold); one that is slow answers
+/// when it is asked for no more than that; and what this host lacks is not the
+/// guest's fault.
+fn silent(rehearsed: Result<(), Error>, agent: &Address) -> Option<String> {
     let e = rehearsed.err()?;
     let guest = match &e {
         Error::Call { .. } => true,
         Error::Connect { source } => source.is_guests(),
         _ => false,
     };
-    if !guest {
-        log::info!("rehearsal: {}; the VM starts cold", chain(&e));
+    let asked = || agent::connect(agent, LAST_CHANCE).and_then(|a| a.check(LAST_CHANCE));
+    match guest.then(asked) {
+        Some(Err(again)) => Some(chain(&again)),
+        Some(Ok(())) | None => {
+            log::info!("rehearsal: {}; the VM starts cold", chain(&e));
+            None
+        }
     }
-    guest.then(|| chain(&e))
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -15,6 +16,9 @@ use crate::worker::{self, Worker};
 /// The token of the eventfd that stops the thread.
 const STOP: u64 = 0;
 
+/// How long the thread may take to end.
+const END: Duration = Duration::from_secs(2);
+
 struct Shared {
     epoll: Epoll,
     stop: EventFd,
@@ -25,7 +29,7 @@ struct Shared {
 pub struct Watch {
     shared: Arc<Shared>,
     next: u64,
-    thread: Worker<()>,
+    thread: Option<Worker<()>>,
 }
 
 fn fds(shared: &Shared) -> MutexGuard<'_, HashMap<u64, OwnedFd>> {
@@ -45,7 +49,7 @@ impl Watch {
         let theirs = Arc::clone(&shared);
         let thread = Worker::spawn("vmc-watch", move || run(&theirs, &events))
             .map_err(|e: worker::Error| io::Error::other(e.to_string()))?;
-        Ok(Watch { shared, next: STOP + 1, thread })
+        Ok(Watch { shared, next: STOP + 1, thread: Some(thread) })
     }
 
     /// Watches a pidfd; the token that its event will carry.
@@ -67,11 +71,15 @@ impl Watch {
             let _ = self.shared.epoll.delete(&fd);
         }
     }
+}
 
-    /// Ends the thread.
-    pub fn stop(self) -> Result<(), worker::Error> {
+impl Drop for Watch {
+    /// Ends the thread, which has an end of the driver's channel.
+    fn drop(&mut self) {
         let _ = self.shared.stop.write(1);
-        self.thread.join(std::time::Duration::from_secs(2))
+        if let Some(Err(e)) = self.thread.take().map(|t| t.join(END)) {
+            log::error!("stop: {e}");
+        }
     }
 }
 

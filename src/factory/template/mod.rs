@@ -2,8 +2,8 @@
 //! and every further VM is a clone of it, in a fraction of a boot's time and
 //! memory.
 //!
-//! Files: [`place`] the directory in memory, [`manifest`] what a template was
-//! made from, [`image`] its files.
+//! Files: `place` the directory in memory, `manifest` what a template was
+//! made from, `image` its files.
 //!
 //! Invariants: a template is whole or it is not there; it is used only while it
 //! fits the configuration and the files that it names; a clone has its own

@@ -205,13 +205,16 @@ impl Place {
         let failed =
             |during, e: io::Error| Error::Io { during, path: self.path.clone(), source: e };
         let ours = mounted_by_us(&self.path);
-        let _ = fs::remove_file(self.path.join(LOCK));
-        if ours {
-            umount2(&self.path, MntFlags::MNT_DETACH).map_err(|e| failed("unmount", e.into()))?;
+        match ours {
+            // The lock goes with it.
+            true => umount2(&self.path, MntFlags::MNT_DETACH)
+                .map_err(|e| failed("unmount", e.into()))?,
+            false => drop(fs::remove_file(self.path.join(LOCK))),
         }
         match fs::remove_dir(&self.path) {
-            // Something of somebody else's is there.
+            // Something of somebody else's is there, or it is an administrator's mount.
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(()),
             other => other.map_err(|e| failed("remove", e)),
         }
     }

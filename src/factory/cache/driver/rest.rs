@@ -11,6 +11,7 @@ use super::super::pool::{Pool, Ready};
 use super::super::resting::{self, Task};
 use super::Driver;
 use crate::agent::address::Address;
+use crate::agent::Kind;
 use crate::config::options::OURS;
 use crate::config::Config;
 use crate::vm::ledger::State;
@@ -35,7 +36,7 @@ impl Rest {
         Ok(Rest {
             tasks: Some(tasks),
             thread: Some(thread),
-            rehearse: config.flag(OURS, "rehearse"),
+            rehearse: config.flag(OURS, "rehearse") && config.agent_kind != Kind::Noop,
             pause: config.pause_idle(),
             awake: VecDeque::new(),
             busy: None,
@@ -48,6 +49,11 @@ impl Rest {
         self.thread.take()
     }
 
+    /// Whether anything is done for VMs that wait.
+    pub(super) fn wanted(&self) -> bool {
+        self.rehearse || self.pause
+    }
+
     fn begin(&mut self, task: Task) -> bool {
         self.tasks.as_ref().is_some_and(|tasks| tasks.try_send(task).is_ok())
     }
@@ -58,13 +64,19 @@ impl Driver {
     pub(super) fn let_rest(&mut self, ready: &Ready) {
         let pid = ready.vm.pid();
         let known = self.rest.awake.iter().chain(&self.rest.busy).any(|(p, _)| *p == pid);
-        if known || ready.at_rest || !(self.rest.rehearse || self.rest.pause) {
+        if known || ready.at_rest || !self.rest.wanted() {
             return;
         }
         self.rest.awake.push_back((pid, ready.vm.agent_address().clone()));
         if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
             seen.awake = true;
         }
+    }
+
+    /// When to look again whether one can begin, if nothing else happens.
+    pub(super) fn rest_at(&self, now: Instant) -> Option<Instant> {
+        let waits = self.rest.busy.is_none() && !self.rest.awake.is_empty();
+        self.policy.calm_until(self.view(), now).filter(|_| waits)
     }
 
     /// Begins with the next one, if this is the time.
@@ -83,7 +95,9 @@ impl Driver {
             if !self.rest.rehearse {
                 self.rehearsed(pid, None);
             } else if !self.rest.begin(Task::Rehearse { pid, agent }) {
-                self.rest.busy = None;
+                // Its thread is gone: VMs stay as they are.
+                log::error!("the thread by which VMs come to rest has ended");
+                (self.rest.rehearse, self.rest.pause, self.rest.busy) = (false, false, None);
                 return;
             }
         }
@@ -94,7 +108,7 @@ impl Driver {
         self.rest.busy = None;
         let Some(ready) = self.take_out(pid) else { return };
         if let Some(why) = silent {
-            return self.died(*ready, &format!("no longer answers: {why}"));
+            return self.unfit(*ready, &format!("no longer answers: {why}"));
         }
         if !self.rest.pause {
             return self.at_rest(ready);
@@ -114,9 +128,17 @@ impl Driver {
         self.rest.busy = None;
         self.pool.out_of_hands();
         if let Some(why) = failed {
-            return self.died(*ready, &format!("can not be paused: {why}"));
+            return self.unfit(*ready, &format!("can not be paused: {why}"));
         }
         self.at_rest(ready);
+    }
+
+    /// It goes, as one that failed to boot: if the host is to blame, the next ones
+    /// would go the same way, and are not made at once.
+    fn unfit(&mut self, ready: Ready, what: &str) {
+        let now = Instant::now();
+        self.policy.failed(now, now, 0.5);
+        self.died(ready, what);
     }
 
     fn at_rest(&mut self, mut ready: Box<Ready>) {
