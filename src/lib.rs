@@ -33,7 +33,7 @@
 //! use std::io::Read;
 //! use std::path::Path;
 //! use vmcache::factory::{grpccache::GrpcCache, Factory, Wanted};
-//! use vmcache::workload::{Command, Guest};
+//! use vmcache::workload::{Command, Guest, WRITING_OUT};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let server = GrpcCache::connect(Path::new("/run/vmcache/cache.sock"))?.leasing();
@@ -42,7 +42,7 @@
 //!     let mut text = String::new();
 //!     process.stdout().read_to_string(&mut text)?;
 //!     println!("{text}exit code {}", process.wait()?);
-//!     guest.stop();
+//!     guest.stop(WRITING_OUT)?;
 //!     Ok(())
 //! }
 //! ```

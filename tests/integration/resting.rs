@@ -25,13 +25,8 @@ fn runs(d: &Daemon) -> bool {
     Qmp::connect(&monitor, LONG).unwrap().running().unwrap()
 }
 
-/// The pause itself hangs: the server still leaves nothing.
-#[test]
-fn a_vm_that_can_not_be_paused_is_not_left_behind_by_a_stop() {
-    let prepared = require_qemu!();
-    let mut options = Options::pool(&prepared, 2);
-    options.more_ours.push_str("boot_parallel = 1\nrehearse = false\n");
-    let d = Daemon::launch(&options, Dir::new());
+/// Stops the QEMU of a VM that stands ready and has not come to rest; its pid.
+fn stop_one_awake(d: &Daemon) -> i64 {
     let mut still = 0;
     wait_for("a VM awake", || {
         let status = d.status();
@@ -40,6 +35,17 @@ fn a_vm_that_can_not_be_paused_is_not_left_behind_by_a_stop() {
         still > 0
     });
     kill(Pid::from_raw(still as i32), Signal::SIGSTOP).unwrap();
+    still
+}
+
+/// The pause itself hangs: the server still leaves nothing.
+#[test]
+fn a_vm_that_can_not_be_paused_is_not_left_behind_by_a_stop() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 2);
+    options.more_ours.push_str("boot_parallel = 1\nrehearse = false\n");
+    let d = Daemon::launch(&options, Dir::new());
+    stop_one_awake(&d);
     // The second one is ready, and so the first one's turn has come.
     d.wait_log("vm-ready", 2);
     std::thread::sleep(Duration::from_millis(200));
@@ -128,14 +134,7 @@ fn a_vm_that_stands_still_before_it_rests_is_replaced() {
     let mut options = Options::pool(&prepared, 2);
     options.more_ours.push_str("boot_parallel = 1\n");
     let d = Daemon::launch(&options, Dir::new());
-    let mut still = 0;
-    wait_for("a VM awake", || {
-        let status = d.status();
-        let awake = status["vms"].as_array().unwrap().iter().find(|vm| vm["state"] == "ready");
-        still = awake.map_or(0, |vm| vm["pid"].as_i64().unwrap());
-        still > 0
-    });
-    kill(Pid::from_raw(still as i32), Signal::SIGSTOP).unwrap();
+    let still = stop_one_awake(&d);
     d.wait_log("no longer answers", 1);
     d.wait_rest(2);
     let status = d.status();
