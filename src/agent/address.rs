@@ -6,10 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{Error, Kind};
-use crate::transport::{self, serial, vsock};
-
-/// The port on which Kata's agents, and ours, listen.
-pub const PORT: u32 = 1024;
+use crate::transport::{self, serial, vsock, AGENT_PORT};
 
 /// The URL of no agent.
 const NOOP: &str = "noop:";
@@ -35,7 +32,7 @@ impl Address {
     pub fn of(kind: Kind, dir: &Path, cid: Option<u32>) -> Address {
         match (kind, cid) {
             (Kind::Noop, _) => Address::Noop,
-            (Kind::Kata, Some(cid)) => Address::Vsock { cid, port: PORT },
+            (Kind::Kata, Some(cid)) => Address::Vsock { cid, port: AGENT_PORT },
             (Kind::Kata, None) => Address::Serial(dir.to_path_buf()),
         }
     }

@@ -21,9 +21,10 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::failure::{Failure, Outcome};
-use super::{service, RUN_DIR, VSOCK_PORT};
+use super::{service, RUN_DIR};
 use crate::sys::guest::{vsock_listener, want_sigio};
 use crate::transport::frame::{write_frame, Deframer, Kind, MAX_PAYLOAD};
+use crate::transport::AGENT_PORT;
 
 /// Longest sleep of a port whose host end is closed, when a signal was lost.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -37,7 +38,7 @@ pub fn serve() -> Outcome<()> {
     let socket = format!("{RUN_DIR}/agent.sock");
     let agent = service::Agent::new();
     service::start(agent.clone(), |s| s.bind(&format!("unix://{socket}")))?;
-    if let Ok(listener) = vsock_listener(VSOCK_PORT) {
+    if let Ok(listener) = vsock_listener(AGENT_PORT) {
         service::start(agent, |s| s.add_listener(listener.into_raw_fd()))?;
     }
     spawn("port-events", watch_ports)?;

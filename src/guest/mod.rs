@@ -48,8 +48,6 @@ use std::process::exit;
 
 /// Version of the protocol that Health.Version tells, as Kata's agents do.
 pub const PROTOCOL_VERSION: &str = "0.0.1";
-/// Port on which an agent listens where the guest has vsock.
-pub const VSOCK_PORT: u32 = 1024;
 /// Where the agent keeps its sockets and its containers' state.
 pub const RUN_DIR: &str = "/run/vmcache";
 

@@ -2,6 +2,9 @@
 //!
 //! Does not know what the bytes mean; that is `agent`.
 
+/// The vsock port on which Kata's agents, and ours, listen.
+pub const AGENT_PORT: u32 = 1024;
+
 pub mod frame;
 #[cfg(feature = "host")]
 pub mod serial;
