@@ -13,6 +13,9 @@ const AGENT: [&str; 4] = ["types.proto", "oci.proto", "health.proto", "agent.pro
 /// What only the host's side speaks.
 #[cfg(feature = "host")]
 const HOST: [&str; 2] = ["cache.proto", "control.proto"];
+/// Of the former, what agents of Kata 1.x speak over gRPC instead of ttrpc.
+#[cfg(feature = "host")]
+const AGENT_1: [&str; 2] = ["health.proto", "agent.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -60,10 +63,11 @@ fn grpc(out: &Path) -> Result<Vec<String>, Box<dyn Error>> {
         .inputs(&inputs)
         .out_dir(out)
         .run_from_script();
+    let called: Vec<&str> = HOST.into_iter().chain(AGENT_1).collect();
     let parsed = protobuf_parse::Parser::new()
         .pure()
         .include("proto")
-        .inputs(&inputs)
+        .inputs(called.iter().map(|f| Path::new("proto").join(f)))
         .parse_and_typecheck()?;
     let mut descriptors = Vec::new();
     for d in &parsed.file_descriptors {
@@ -71,7 +75,7 @@ fn grpc(out: &Path) -> Result<Vec<String>, Box<dyn Error>> {
             &d.write_to_bytes()?,
         )?);
     }
-    let names: Vec<String> = HOST.iter().map(|f| f.to_string()).collect();
+    let names: Vec<String> = called.iter().map(|f| f.to_string()).collect();
     let mut modules: Vec<String> =
         HOST.iter().map(|f| f.trim_end_matches(".proto").to_string()).collect();
     for file in grpcio_compiler::codegen::gen(&descriptors, &names) {

@@ -5,6 +5,16 @@ pub fn cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
 }
 
+/// Processors that there are; those that this process may use where /proc does
+/// not tell.
+pub fn processors() -> u32 {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    match text.lines().filter(|l| l.starts_with("processor")).count() as u32 {
+        0 => cpus(),
+        n => n,
+    }
+}
+
 /// Memory, MiB; 0 where /proc does not tell.
 pub fn memory_mib() -> u64 {
     meminfo("MemTotal:")

@@ -88,6 +88,8 @@ pub mod hypervisor;
 #[cfg(feature = "host")]
 pub mod initrd;
 #[cfg(feature = "host")]
+pub mod process;
+#[cfg(feature = "host")]
 pub mod report;
 #[cfg(feature = "host")]
 pub mod server;

@@ -1,117 +1,61 @@
 //! Agents: who answers inside a guest, and what can be asked of them.
 //!
-//! [`Agent`] is the interface; [`kata`] speaks it to Kata's agents of 2.x and
-//! later and to our own, over ttrpc; [`noop`] is none. A call that an agent can
-//! not do is [`Error::Unsupported`], never a silent success.
+//! [`Agent`] is the interface, Kata's whole one. Behind it: [`kata::ttrpc`]
+//! speaks to Kata's agents of 2.x and later and to our own; [`kata::grpc`] to
+//! those of 1.x; [`hyperstart`] to hyperstart; [`noop`] is none. [`matrix`]
+//! tells which of them has which call.
+//!
+//! Invariant: a call that an agent can not do is [`Error::Unsupported`], never a
+//! silent success.
 
 pub mod address;
+mod error;
+pub mod hyperstart;
 pub mod kata;
+mod kind;
+mod link;
+pub mod matrix;
 pub mod noop;
+pub mod seat;
 
-use std::error;
-use std::fmt;
-use std::io;
-use std::str::FromStr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use address::Address;
-use kata::KataAgent;
-use serde_derive::{Deserialize, Serialize};
+pub use error::{Error, Outcome};
+pub use kind::{Kind, UnknownKind};
+pub use link::Link;
+use seat::{Capabilities, Channel, ProxyCommand, Seat};
 
+use crate::process::attendant::Attendant;
 use crate::proto::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, GuestDetailsResponse,
     StatsContainerResponse,
 };
+use crate::proto::cache::GrpcVM;
 use crate::proto::oci::{LinuxResources, Process};
 use crate::proto::types::{Interface, Route};
-use crate::transport;
 
-/// Why an agent did not do what it was asked.
-#[derive(Debug)]
-#[allow(missing_docs)] // The fields are what the text names.
-pub enum Error {
-    /// It could not be reached.
-    Connect { source: transport::Error },
-    /// Its address is of no kind that is known.
-    Address { url: String, why: String },
-    /// The connection broke, or time was up.
-    Call { call: &'static str, text: String },
-    /// It answered that it failed.
-    Refused { call: &'static str, code: ttrpc::Code, text: String },
-    /// It has no such call.
-    Unsupported { call: &'static str },
-    /// This host failed.
-    Host { during: &'static str, source: io::Error },
+/// How long one of several ways to a guest may be silent before another is tried.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// The agent of a guest, not connected yet.
+pub fn new(kind: Kind) -> Box<dyn Agent> {
+    at(match kind {
+        Kind::Noop => Address::Noop,
+        Kind::Kata => Address::Serial(PathBuf::new()),
+        Kind::Kata1 => Address::Proxy(PathBuf::new()),
+        Kind::Hyperstart => Address::Hyperstart(PathBuf::new()),
+    })
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Connect { .. } => f.write_str("reach the guest's agent"),
-            Error::Address { url, why } => write!(f, "agent address {url:?}: {why}"),
-            Error::Call { call, text } => {
-                write!(f, "the guest's agent did not answer {call}: {text}")
-            }
-            Error::Refused { text, .. } => f.write_str(text),
-            Error::Unsupported { call } => write!(f, "the guest's agent has no {call}"),
-            Error::Host { during, .. } => f.write_str(during),
-        }
-    }
-}
-
-impl error::Error for Error {
-    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
-        match self {
-            Error::Connect { source } => Some(source),
-            Error::Host { source, .. } => Some(source),
-            _ => None,
-        }
-    }
-}
-
-/// Which agent a guest has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// None.
-    Noop,
-    /// Kata's of 2.x and later, or ours.
-    #[default]
-    Kata,
-}
-
-impl Kind {
-    /// All there are.
-    pub const ALL: [Kind; 2] = [Kind::Noop, Kind::Kata];
-
-    /// Kata's name for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Noop => "noop",
-            Kind::Kata => "kata",
-        }
-    }
-}
-
-/// A type of agent that nobody knows.
-#[derive(Debug, PartialEq, Eq)]
-pub struct UnknownKind(String);
-
-impl fmt::Display for UnknownKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known = Kind::ALL.map(Kind::name).join(", ");
-        write!(f, "Unknown agent type {}; there are {known}", self.0)
-    }
-}
-
-impl error::Error for UnknownKind {}
-
-impl FromStr for Kind {
-    type Err = UnknownKind;
-
-    fn from_str(text: &str) -> Result<Kind, UnknownKind> {
-        let found = Kind::ALL.into_iter().find(|k| k.name() == text);
-        found.ok_or_else(|| UnknownKind(text.chars().take(64).collect()))
+/// The agent at an address, not connected yet.
+pub fn at(address: Address) -> Box<dyn Agent> {
+    match address.kind() {
+        Kind::Noop => Box::new(noop::Noop),
+        Kind::Kata => Box::new(kata::ttrpc::KataAgent::at(address)),
+        Kind::Kata1 => Box::new(kata::grpc::Kata1Agent::at(address)),
+        Kind::Hyperstart => Box::new(hyperstart::Hyperstart::at(address)),
     }
 }
 
@@ -121,25 +65,10 @@ impl FromStr for Kind {
 /// # Errors
 /// [`Error::Connect`] when nothing answers.
 pub fn connect(address: &Address, within: Duration) -> Outcome<Box<dyn Agent>> {
-    match address {
-        Address::Noop => Ok(Box::new(noop::Noop)),
-        _ => Ok(Box::new(KataAgent::connect(address, within)?)),
-    }
+    let agent = at(address.clone());
+    agent.connect(within, false)?;
+    Ok(agent)
 }
-
-/// The same for a guest that may still be booting.
-///
-/// # Errors
-/// [`Error::Connect`] when nothing answers.
-pub fn await_boot(address: &Address, within: Duration) -> Outcome<Box<dyn Agent>> {
-    match address {
-        Address::Noop => Ok(Box::new(noop::Noop)),
-        _ => Ok(Box::new(KataAgent::await_boot(address, within)?)),
-    }
-}
-
-/// What most calls give.
-pub type Outcome<T> = Result<T, Error>;
 
 /// Which stream of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +78,28 @@ pub enum Stream {
     /// Standard error.
     Err,
 }
+
+/// How a list of processes is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListFormat {
+    /// An array of pids.
+    Json,
+    /// Lines as ps(1) prints them, with a header.
+    Table,
+}
+
+impl ListFormat {
+    /// Kata's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            ListFormat::Json => "json",
+            ListFormat::Table => "table",
+        }
+    }
+}
+
+/// Arguments for ps(1) when none are given.
+pub const PS_ARGS: &str = "-ef";
 
 /// A process in a guest: container and process id; an empty process id is the
 /// container's own process.
@@ -160,60 +111,85 @@ pub struct ProcessId {
     pub exec: String,
 }
 
-/// The interface of a guest's agent, by Kata's names (its agent.proto). Calls
-/// block; each has a deadline, but those that wait for a process or its bytes.
+/// The interface of a guest's agent, by the names of Kata's. Calls block; each
+/// has a deadline ([`kata::CALL`]), but those that wait for a process or its
+/// bytes. A call connects if nothing has before.
 ///
-/// Every call's errors are [`Error`].
+/// Every call's errors are [`Error`]; `Unsupported` where an agent has no such
+/// call ([`matrix`]).
+///
+/// Source: virtcontainers' agent interface of Kata 1.x, and agent.proto.
 pub trait Agent: Send + Sync {
+    // The host's side: nothing of this asks the guest.
+
     /// Which one it is.
     fn kind(&self) -> Kind;
+    /// What it can have plugged in.
+    fn capabilities(&self) -> Capabilities;
+    /// Takes its place beside a VM that is to be started; the devices that it needs
+    /// the VM to have. No process runs yet.
+    fn configure(&mut self, seat: &Seat) -> Outcome<Vec<Channel>>;
+    /// Takes over what a server said of its agents: the JSON of its AgentConfig,
+    /// at most [`seat::MAX_CONFIG`] bytes. Refuses what is no such JSON.
+    fn configure_from_grpc(&mut self, config: &[u8]) -> Outcome<()>;
+    /// Starts the process that it is reached through, for which QEMU must run
+    /// already; `None` when it needs none. Whoever gets it owns it.
+    fn start_proxy(&mut self, command: &ProxyCommand) -> Outcome<Option<Attendant>>;
+    /// Reaches it through a proxy that runs: its URL, `unix://PATH`.
+    fn set_proxy(&mut self, url: &str) -> Outcome<()>;
+    /// The same as a server says it; an empty URL changes nothing.
+    fn set_proxy_from_grpc(&mut self, vm: &GrpcVM) -> Outcome<()> {
+        match vm.proxyURL.as_str() {
+            "" => Ok(()),
+            url => self.set_proxy(url),
+        }
+    }
+    /// Where it is.
+    fn address(&self) -> &Address;
+    /// The same as a URL.
+    fn agent_url(&self) -> String {
+        self.address().to_string()
+    }
+    /// Takes over the connection, and the address, of another value for the same
+    /// agent, which is then not connected any more.
+    fn reuse(&mut self, other: Box<dyn Agent>) -> Outcome<()>;
+    /// Gives its connection away, for [`Agent::reuse`].
+    fn give_link(self: Box<Self>) -> Option<Link>;
+    /// A VM's directory below a store.
+    fn vm_path(&self, store: &Path, id: &str) -> PathBuf {
+        store.join(id)
+    }
+    /// Where what a sandbox shares with its guest is on the host.
+    fn share_path(&self, sandbox: &str) -> PathBuf;
+    /// Prepares the host for a sandbox: makes [`Agent::share_path`], mode 0750.
+    fn create_sandbox(&self, sandbox: &str) -> Outcome<PathBuf> {
+        seat::make_share(self.share_path(sandbox))
+    }
+    /// Undoes [`Agent::create_sandbox`]; nothing that is mounted there is touched,
+    /// which is an error then.
+    fn cleanup(&self, sandbox: &str) -> Outcome<()> {
+        seat::remove_share(&self.share_path(sandbox))
+    }
+    /// Connects, unless it is connected; it has answered when this returns. With
+    /// `booting`, the guest may take all of `within` to come up.
+    fn connect(&self, within: Duration, booting: bool) -> Outcome<()>;
     /// Ends the connection and waits, but not for long, until the guest has closed
     /// its end: what it does for that is then not left for whoever wakes it.
-    /// Dropping ends the connection, too.
-    fn leave(self: Box<Self>);
+    /// Dropping ends the connection, too. A later call connects again.
+    fn disconnect(&self);
+
+    // The guest as a whole.
+
     /// Whether it serves.
     fn check(&self, within: Duration) -> Outcome<()>;
     /// Version of the protocol and of the agent.
     fn version(&self) -> Outcome<(String, String)>;
     /// What the guest can do; memory block size in bytes.
     fn guest_details(&self) -> Outcome<GuestDetailsResponse>;
-    /// Sets up what containers share.
-    fn create_sandbox(&self, request: CreateSandboxRequest) -> Outcome<()>;
-    /// Removes containers and sandbox.
-    fn destroy_sandbox(&self) -> Outcome<()>;
-    /// Makes a container, ready before its program.
-    fn create_container(&self, request: CreateContainerRequest) -> Outcome<()>;
-    /// Lets a container's program start.
-    fn start_container(&self, container: &str) -> Outcome<()>;
-    /// Kills and removes a container.
-    fn remove_container(&self, container: &str, within: Duration) -> Outcome<()>;
-    /// Starts a further process in a container.
-    fn exec_process(&self, id: &ProcessId, process: Process) -> Outcome<()>;
-    /// Sends a signal, by number.
-    fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()>;
-    /// Waits for a process's end, with no deadline for `None`: its exit code,
-    /// 128 + n when signal n ended it.
-    fn wait_process(&self, id: &ProcessId, within: Option<Duration>) -> Outcome<i32>;
-    /// Writes to a process's standard input; how many bytes were taken.
-    fn write_stdin(&self, id: &ProcessId, data: Vec<u8>) -> Outcome<u32>;
-    /// Reads at most `max` bytes; waits for some, empty at the end.
-    fn read_stream(&self, id: &ProcessId, stream: Stream, max: u32) -> Outcome<Vec<u8>>;
-    /// Closes a process's standard input.
-    fn close_stdin(&self, id: &ProcessId) -> Outcome<()>;
-    /// Sets the size of a process's terminal.
-    fn resize_terminal(&self, id: &ProcessId, rows: u32, columns: u32) -> Outcome<()>;
-    /// What a container uses.
-    fn stats_container(&self, container: &str) -> Outcome<StatsContainerResponse>;
-    /// Freezes a container's processes.
-    fn pause_container(&self, container: &str) -> Outcome<()>;
-    /// Thaws them.
-    fn resume_container(&self, container: &str) -> Outcome<()>;
-    /// Changes a container's limits.
-    fn update_container(&self, container: &str, resources: LinuxResources) -> Outcome<()>;
-    /// Processes of a container, as `json` (an array of pids) or `table`.
-    fn list_processes(&self, container: &str, format: &str) -> Outcome<Vec<u8>>;
     /// Brings hot-added CPUs (and memory) online.
     fn online_cpu_mem(&self, cpus: u32, cpu_only: bool) -> Outcome<()>;
+    /// Tells a guest without ACPI of memory that was added, by its addresses.
+    fn mem_hotplug_by_probe(&self, addresses: &[u64]) -> Outcome<()>;
     /// Mixes a seed into the guest's random generator.
     fn reseed_rng(&self, seed: &[u8]) -> Outcome<()>;
     /// Sets the guest's wall clock, time since the epoch.
@@ -228,6 +204,63 @@ pub trait Agent: Send + Sync {
     fn list_routes(&self) -> Outcome<Vec<Route>>;
     /// Replaces them.
     fn update_routes(&self, routes: Vec<Route>) -> Outcome<Vec<Route>>;
+
+    // Sandbox and containers.
+
+    /// Sets up what containers share.
+    fn start_sandbox(&self, request: CreateSandboxRequest) -> Outcome<()>;
+    /// Removes containers and sandbox.
+    fn stop_sandbox(&self) -> Outcome<()>;
+    /// Makes a container, ready before its program.
+    fn create_container(&self, request: CreateContainerRequest) -> Outcome<()>;
+    /// Lets a container's program start.
+    fn start_container(&self, container: &str) -> Outcome<()>;
+    /// Kills and removes a container.
+    fn stop_container(&self, container: &str, within: Duration) -> Outcome<()>;
+    /// Changes a container's limits.
+    fn update_container(&self, container: &str, resources: LinuxResources) -> Outcome<()>;
+    /// What a container uses.
+    fn stats_container(&self, container: &str) -> Outcome<StatsContainerResponse>;
+    /// Freezes a container's processes.
+    fn pause_container(&self, container: &str) -> Outcome<()>;
+    /// Thaws them.
+    fn resume_container(&self, container: &str) -> Outcome<()>;
+    /// Processes of a container; `args` are ps(1)'s for a table, [`PS_ARGS`] when
+    /// empty.
+    fn process_list_container(
+        &self,
+        container: &str,
+        format: ListFormat,
+        args: &[String],
+    ) -> Outcome<Vec<u8>>;
+
+    // Processes.
+
+    /// Starts a further process in a container.
+    fn exec(&self, id: &ProcessId, process: Process) -> Outcome<()>;
+    /// Sends a signal, by number.
+    fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()>;
+    /// Waits for a process's end, with no deadline for `None`: its exit code,
+    /// 128 + n when signal n ended it (Kata's agents of 2.x and later tell n, and
+    /// hyperstart 0).
+    fn wait_process(&self, id: &ProcessId, within: Option<Duration>) -> Outcome<i32>;
+    /// Writes to a process's standard input; how many bytes were taken.
+    fn write_process_stdin(&self, id: &ProcessId, data: Vec<u8>) -> Outcome<u32>;
+    /// Closes a process's standard input.
+    fn close_process_stdin(&self, id: &ProcessId) -> Outcome<()>;
+    /// Reads at most `max` bytes of standard output; waits for some, empty at the end.
+    fn read_process_stdout(&self, id: &ProcessId, max: u32) -> Outcome<Vec<u8>>;
+    /// The same of standard error.
+    fn read_process_stderr(&self, id: &ProcessId, max: u32) -> Outcome<Vec<u8>>;
+    /// One of both.
+    fn read_stream(&self, id: &ProcessId, stream: Stream, max: u32) -> Outcome<Vec<u8>> {
+        match stream {
+            Stream::Out => self.read_process_stdout(id, max),
+            Stream::Err => self.read_process_stderr(id, max),
+        }
+    }
+    /// Sets the size of a process's terminal, in characters.
+    fn winsize_process(&self, id: &ProcessId, rows: u32, columns: u32) -> Outcome<()>;
 }
 
 #[cfg(test)]
@@ -235,20 +268,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn agents_are_named_as_kata_names_them() {
-        for kind in Kind::ALL {
-            assert_eq!(kind.name().parse(), Ok(kind));
-        }
-        let e = "pigeon".parse::<Kind>().unwrap_err().to_string();
-        assert_eq!(e, "Unknown agent type pigeon; there are noop, kata");
-    }
-
-    #[test]
     fn no_agent_answers_at_once_and_can_do_nothing() {
         let agent = connect(&Address::Noop, Duration::ZERO).unwrap();
         agent.check(Duration::ZERO).unwrap();
         let e = agent.start_container("c").unwrap_err();
         assert!(matches!(e, Error::Unsupported { call: "StartContainer" }), "{e}");
-        agent.leave();
+        agent.disconnect();
     }
 }

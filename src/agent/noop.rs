@@ -3,9 +3,13 @@
 //! Invariant: it is there at once and always, and can do nothing: each call but
 //! Check is [`Error::Unsupported`].
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Agent, Error, Kind, Outcome, ProcessId, Stream};
+use super::address::Address;
+use super::seat::{Capabilities, Channel, ProxyCommand, Seat};
+use super::{Agent, Error, Kind, Link, ListFormat, Outcome, ProcessId};
+use crate::process::attendant::Attendant;
 use crate::proto::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, GuestDetailsResponse,
     StatsContainerResponse,
@@ -26,7 +30,58 @@ impl Agent for Noop {
         Kind::Noop
     }
 
-    fn leave(self: Box<Self>) {}
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn configure(&mut self, _: &Seat) -> Outcome<Vec<Channel>> {
+        Ok(Vec::new())
+    }
+
+    fn configure_from_grpc(&mut self, _: &[u8]) -> Outcome<()> {
+        Ok(())
+    }
+
+    fn start_proxy(&mut self, _: &ProxyCommand) -> Outcome<Option<Attendant>> {
+        Ok(None)
+    }
+
+    fn set_proxy(&mut self, _: &str) -> Outcome<()> {
+        no("set_proxy")
+    }
+
+    fn address(&self) -> &Address {
+        &Address::Noop
+    }
+
+    fn reuse(&mut self, other: Box<dyn Agent>) -> Outcome<()> {
+        match other.kind() {
+            Kind::Noop => Ok(()),
+            _ => no("reuse (of another agent's)"),
+        }
+    }
+
+    fn give_link(self: Box<Self>) -> Option<Link> {
+        None
+    }
+
+    fn share_path(&self, sandbox: &str) -> PathBuf {
+        Path::new("/run/vmcache/shared").join(sandbox)
+    }
+
+    fn create_sandbox(&self, _: &str) -> Outcome<PathBuf> {
+        no("create_sandbox")
+    }
+
+    fn cleanup(&self, _: &str) -> Outcome<()> {
+        no("cleanup")
+    }
+
+    fn connect(&self, _: Duration, _: bool) -> Outcome<()> {
+        Ok(())
+    }
+
+    fn disconnect(&self) {}
 
     fn check(&self, _: Duration) -> Outcome<()> {
         Ok(())
@@ -40,11 +95,11 @@ impl Agent for Noop {
         no("GetGuestDetails")
     }
 
-    fn create_sandbox(&self, _: CreateSandboxRequest) -> Outcome<()> {
+    fn start_sandbox(&self, _: CreateSandboxRequest) -> Outcome<()> {
         no("CreateSandbox")
     }
 
-    fn destroy_sandbox(&self) -> Outcome<()> {
+    fn stop_sandbox(&self) -> Outcome<()> {
         no("DestroySandbox")
     }
 
@@ -56,11 +111,11 @@ impl Agent for Noop {
         no("StartContainer")
     }
 
-    fn remove_container(&self, _: &str, _: Duration) -> Outcome<()> {
+    fn stop_container(&self, _: &str, _: Duration) -> Outcome<()> {
         no("RemoveContainer")
     }
 
-    fn exec_process(&self, _: &ProcessId, _: Process) -> Outcome<()> {
+    fn exec(&self, _: &ProcessId, _: Process) -> Outcome<()> {
         no("ExecProcess")
     }
 
@@ -72,22 +127,23 @@ impl Agent for Noop {
         no("WaitProcess")
     }
 
-    fn write_stdin(&self, _: &ProcessId, _: Vec<u8>) -> Outcome<u32> {
+    fn write_process_stdin(&self, _: &ProcessId, _: Vec<u8>) -> Outcome<u32> {
         no("WriteStdin")
     }
 
-    fn read_stream(&self, _: &ProcessId, stream: Stream, _: u32) -> Outcome<Vec<u8>> {
-        no(match stream {
-            Stream::Out => "ReadStdout",
-            Stream::Err => "ReadStderr",
-        })
+    fn read_process_stdout(&self, _: &ProcessId, _: u32) -> Outcome<Vec<u8>> {
+        no("ReadStdout")
     }
 
-    fn close_stdin(&self, _: &ProcessId) -> Outcome<()> {
+    fn read_process_stderr(&self, _: &ProcessId, _: u32) -> Outcome<Vec<u8>> {
+        no("ReadStderr")
+    }
+
+    fn close_process_stdin(&self, _: &ProcessId) -> Outcome<()> {
         no("CloseStdin")
     }
 
-    fn resize_terminal(&self, _: &ProcessId, _: u32, _: u32) -> Outcome<()> {
+    fn winsize_process(&self, _: &ProcessId, _: u32, _: u32) -> Outcome<()> {
         no("TtyWinResize")
     }
 
@@ -107,12 +163,16 @@ impl Agent for Noop {
         no("UpdateContainer")
     }
 
-    fn list_processes(&self, _: &str, _: &str) -> Outcome<Vec<u8>> {
+    fn process_list_container(&self, _: &str, _: ListFormat, _: &[String]) -> Outcome<Vec<u8>> {
         no("ListProcesses")
     }
 
     fn online_cpu_mem(&self, _: u32, _: bool) -> Outcome<()> {
         no("OnlineCPUMem")
+    }
+
+    fn mem_hotplug_by_probe(&self, _: &[u64]) -> Outcome<()> {
+        no("MemHotplugByProbe")
     }
 
     fn reseed_rng(&self, _: &[u8]) -> Outcome<()> {

@@ -64,7 +64,7 @@ pub enum Command {
     /// Copy files into a VM (FILE ID:DIR) or out of it (ID:FILE DIR)
     Cp(Cp),
     /// List the processes of a VM
-    Ps(One),
+    Ps(Ps),
     /// Show what the containers of a VM use
     Stats(One),
     /// Stop a VM's virtual CPUs
@@ -77,6 +77,11 @@ pub enum Command {
     List(Json),
     /// Stop the server; VMs that were handed out stay
     Quit,
+    /// What agents can do
+    #[command(subcommand)]
+    Agent(AgentCommand),
+    /// Carry connections to an agent of Kata 1.x on a VM's serial port (servers start it)
+    Proxy(Proxy),
     /// Measure the server: claims, runs, refill, with ratios and a histogram
     Bench(Bench),
     /// Kata's names for serve, status and quit; without a cache, for the template's
@@ -242,6 +247,17 @@ pub struct One {
 }
 
 #[derive(Args, Debug)]
+pub struct Ps {
+    /// The VM: its id, or the beginning of it
+    pub id: String,
+    #[command(flatten)]
+    pub json: Json,
+    /// Arguments for the guest's ps [default: -ef]
+    #[arg(last = true, value_name = "ARG")]
+    pub args: Vec<String>,
+}
+
+#[derive(Args, Debug)]
 pub struct Many {
     /// The VMs: their ids, or the beginnings of them
     #[arg(required = true)]
@@ -277,6 +293,35 @@ pub enum Factory {
     Status(Status),
     /// As `vmcache quit`
     Destroy,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AgentCommand {
+    /// Print a table of all calls and of the agents that have them
+    Matrix(Json),
+}
+
+/// Options as kata-proxy's, with one dash or two.
+#[derive(Args, Debug)]
+pub struct Proxy {
+    /// Where to listen: a path or unix:PATH
+    #[arg(long, value_name = "SOCKET")]
+    pub listen_socket: String,
+    /// QEMU's end of the agent's serial port
+    #[arg(long, value_name = "SOCKET")]
+    pub mux_socket: String,
+    /// The sandbox's id, for the log
+    #[arg(long, value_name = "ID", default_value = "")]
+    pub sandbox: String,
+    /// QEMU's end of the guest's console, to be logged
+    #[arg(long, value_name = "SOCKET")]
+    pub agent_logs_socket: Option<String>,
+    /// What is logged at least (kata-proxy's -log)
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub log_level: String,
+    /// Log all there is
+    #[arg(long)]
+    pub debug: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -320,6 +365,15 @@ pub enum ConfigCommand {
         /// Print a table of all options in Markdown instead
         #[arg(long)]
         options: bool,
+    },
+    /// Write a configuration whose VMs another server's clients take for its own
+    Import {
+        /// The other server's socket
+        #[arg(long, value_name = "SOCKET")]
+        from_endpoint: PathBuf,
+        /// The file to write; what clients are told is written beside it, as .served.json
+        #[arg(long, short, value_name = "FILE")]
+        output: PathBuf,
     },
 }
 

@@ -6,9 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{json, Value};
 
-use super::args::{Common, Json, Many, One};
+use super::args::{Common, Json, Many, One, Ps};
 use super::output::{age, harmless, table, Failure, FAILED};
 use super::{optional_config, Outcome};
+use crate::agent::ListFormat;
 use crate::config::options::{find, Fallback, OURS};
 use crate::report::chain;
 use crate::sys::process::{start_time, state};
@@ -93,16 +94,16 @@ pub fn with_guest<T>(
 }
 
 /// `vmcache ps`.
-pub fn ps(common: &Common, o: &One) -> Outcome {
-    let format = if o.json.json { "json" } else { "table" };
-    let bytes = with_guest(common, &o.id, |g| Ok(g.agent().list_processes("", format)?))?;
+pub fn ps(common: &Common, o: &Ps) -> Outcome {
+    let format = if o.json.json { ListFormat::Json } else { ListFormat::Table };
+    let bytes = with_guest(common, &o.id, |g| Ok(g.list_processes(format, &o.args)?))?;
     println!("{}", harmless(&String::from_utf8_lossy(&bytes)).trim_end());
     Ok(0)
 }
 
 /// `vmcache stats`.
 pub fn stats(common: &Common, o: &One) -> Outcome {
-    let s = with_guest(common, &o.id, |g| Ok(g.agent().stats_container("")?))?;
+    let s = with_guest(common, &o.id, |g| Ok(g.stats()?))?;
     let (cpu, memory) = (&s.cgroup_stats.cpu_stats.cpu_usage, &s.cgroup_stats.memory_stats);
     let network = s
         .network_stats

@@ -1,14 +1,25 @@
-//! `vmcache config check` and `show`.
+//! `vmcache config check`, `show` and `import`.
+
+use std::fs;
+use std::path::Path;
 
 use super::args::{Common, ConfigCommand};
+use super::output::{Failure, FAILED};
 use super::Outcome;
+use crate::config::served::Served;
 use crate::config::{markdown, show, Config};
+use crate::factory::grpccache::GrpcCache;
+use crate::vm::config::import::to_toml;
+use crate::vm::VmConfig;
 
 /// Checks or shows.
 pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
     if let ConfigCommand::Show { options: true } = command {
         print!("{}", markdown());
         return Ok(0);
+    }
+    if let ConfigCommand::Import { from_endpoint, output } = command {
+        return import(from_endpoint, output);
     }
     let config = Config::load(common.config.as_deref())?;
     for line in &config.warnings {
@@ -20,7 +31,36 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
             let files: Vec<_> = config.files.iter().map(|f| f.display().to_string()).collect();
             println!("{}: good, {} warnings", files.join(", "), config.warnings.len());
         }
+        ConfigCommand::Import { .. } => {}
         ConfigCommand::Show { .. } => print!("{}", show(&config)),
     }
+    Ok(0)
+}
+
+/// Takes over what another server tells its clients, to the letter.
+fn import(endpoint: &Path, output: &Path) -> Outcome {
+    let server = GrpcCache::connect(endpoint)?;
+    let message = server.fetch_config_raw()?;
+    let pool = server.fetch_status()?.vmstatus.len().max(1);
+    let failed = |what: &str, e: &dyn std::error::Error| {
+        Failure::new(FAILED, format!("{what} of the server at {}: {e}", endpoint.display()))
+    };
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).map_err(|e| failed("Config", &e));
+    let served = Served { data: text(message.Data)?, agent: text(message.AgentConfig)? };
+    let told = VmConfig::parse(served.data.as_bytes()).map_err(|e| failed("Config", &e))?;
+    let beside = output.with_extension("served.json");
+    let write = |path: &Path, text: &str| {
+        fs::write(path, text)
+            .map_err(|e| Failure::new(FAILED, format!("write {}: {e}", path.display())))
+    };
+    let absolute = std::path::absolute(&beside).unwrap_or_else(|_| beside.clone());
+    let endpoint = endpoint.display().to_string();
+    let toml = to_toml(&told, &absolute.display().to_string(), &endpoint, pool);
+    let json = serde_json::to_string(&served).map_err(|e| failed("Config", &e))?;
+    write(&beside, &json)?;
+    write(output, &toml)?;
+    // What was written must be a configuration.
+    Config::read(output)?;
+    println!("{}: VMs for clients of that server ({})", output.display(), beside.display());
     Ok(0)
 }

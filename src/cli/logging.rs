@@ -44,13 +44,24 @@ fn ours(metadata: &Metadata<'_>) -> bool {
 /// Starts logging as the command line and, for a server, its configuration say.
 pub fn start(cli: &Cli) -> Result<(), Failure> {
     let server = matches!(cli.command, Command::Serve | Command::Factory(Factory::Init));
-    let level = if server {
+    let proxy = matches!(cli.command, Command::Proxy(_));
+    let level = match &cli.command {
         // A broken configuration is reported when it is read for real.
-        Config::load(cli.common.config.as_deref()).map_or(LevelFilter::Info, |c| c.log_level)
-    } else {
-        LevelFilter::Warn
+        _ if server => {
+            Config::load(cli.common.config.as_deref()).map_or(LevelFilter::Info, |c| c.log_level)
+        }
+        Command::Proxy(p) if p.debug => LevelFilter::Debug,
+        Command::Proxy(p) => p.log_level.parse().map_err(|_| {
+            let text = format!("-log {:?}: error, warn, info or debug", p.log_level);
+            Failure::new(super::output::USAGE, text)
+        })?,
+        _ => LevelFilter::Warn,
     };
-    let default = if server && !io::stderr().is_terminal() { LogTo::Syslog } else { LogTo::Stderr };
+    let default = if (server || proxy) && !io::stderr().is_terminal() {
+        LogTo::Syslog
+    } else {
+        LogTo::Stderr
+    };
     log::set_max_level(level);
     if cli.common.log.unwrap_or(default) == LogTo::Syslog {
         let formatter = Formatter3164 {

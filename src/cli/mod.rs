@@ -3,6 +3,7 @@
 //! Commands return an error with its exit code; nothing here calls `exit` but
 //! `main` and a signal that comes before there is anything to clean up.
 
+mod agent;
 pub mod args;
 mod attach;
 mod bench;
@@ -13,6 +14,7 @@ mod logging;
 mod mkinitrd;
 mod output;
 mod progress;
+mod proxy;
 mod run;
 mod session;
 mod status;
@@ -33,7 +35,8 @@ pub type Outcome = Result<u8, Failure>;
 
 /// Parses, dispatches, reports; the exit code.
 pub fn main() -> u8 {
-    let cli = <Cli as clap::Parser>::parse();
+    let args = proxy::as_clap_takes_them(std::env::args_os().collect());
+    let cli = <Cli as clap::Parser>::parse_from(args);
     let result = logging::start(&cli).and_then(|()| dispatch(cli));
     match result {
         Ok(code) => code,
@@ -82,6 +85,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::List(j) => claimed::list(&common, j),
         Command::Bench(b) => bench::bench(&common, &b),
         Command::Mkinitrd(m) => mkinitrd::mkinitrd(&m),
+        Command::Agent(a) => agent::agent(&a),
+        Command::Proxy(p) => proxy::proxy(&p),
         Command::Config(c) => config::config(&common, &c),
     }
 }

@@ -18,7 +18,9 @@ use super::progress::Progress;
 use super::session::Session;
 use super::terminal::Terminal;
 use super::{connect, own_config, Outcome};
+use crate::config::options::QEMU;
 use crate::factory::{direct, Factory, Obtained, Wanted};
+use crate::process::attendant::Role;
 use crate::vm::VmConfig;
 use crate::workload::{send_root, Command, Guest, WRITING_OUT};
 
@@ -98,6 +100,9 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     attachments.attach(&mut guest)?;
     let timeout = r.process.timeout.map(Duration::from_secs);
     let running = match &r.rootfs {
+        Some(root) if shared(common, &mut guest, root, !r.keep)? => {
+            guest.spawn_in_root(&command)?
+        }
         Some(root) => {
             let progress = Progress::start("sending the root file system");
             send_root(&guest, root)?;
@@ -120,6 +125,18 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
     }
     Ok(ended.code)
+}
+
+/// Shares a root file system with the guest instead of copying it, where the VM was
+/// made for that.
+fn shared(common: &Common, guest: &mut Guest, root: &Path, leased: bool) -> Result<bool, Failure> {
+    let made = guest.vm().attendant(Role::Virtiofsd).is_some() && guest.vm().own_agent();
+    let Some(config) = own_config(common)?.filter(|_| made && root.is_dir()) else {
+        return Ok(false);
+    };
+    let daemon = config.text(QEMU, "virtio_fs_daemon").to_string();
+    guest.share_root(root, Path::new(&daemon), leased)?;
+    Ok(true)
 }
 
 fn check_root(root: &Path) -> Result<(), Failure> {

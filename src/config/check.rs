@@ -6,10 +6,13 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
-use super::options::{FACTORY, OURS, QEMU};
+use super::options::{AGENT, FACTORY, OURS, QEMU};
 use super::raw::Raw;
-use super::{Accel, Config, Error, Machine, MAX_POOL, MAX_SOCKET_PATH};
+use super::served::Served;
+use super::{Accel, Config, Error, Machine, Transport, MAX_POOL, MAX_SOCKET_PATH};
 use crate::agent::Kind;
+use crate::vm::config::import::contradiction;
+use crate::vm::VmConfig;
 
 /// Longest name of a file in a VM's directory, `<uuid>/agent.3.sock`, with slashes.
 const VM_FILES: usize = 51;
@@ -29,6 +32,7 @@ impl Config {
             pool: 0,
             socket_mode: 0,
             log_level: log::LevelFilter::Info,
+            served: None,
             raw: std::sync::Arc::new(raw),
         };
         config.accel = match config.text(OURS, "accel") {
@@ -43,9 +47,19 @@ impl Config {
         };
         let kind = config.text(OURS, "agent").parse::<Kind>();
         config.agent_kind = kind.map_err(|e| config.wrong(OURS, "agent", e.to_string()))?;
+        config.agent_kind = match (config.agent_kind, config.text(AGENT, "protocol")) {
+            (kind, "ttrpc") => kind,
+            (Kind::Kata, "grpc") => Kind::Kata1,
+            (_, "grpc") => {
+                let why = "is for agent = \"kata\" only";
+                return Err(config.wrong(AGENT, "protocol", why));
+            }
+            _ => return Err(config.wrong(AGENT, "protocol", "must be \"ttrpc\" or \"grpc\"")),
+        };
         config.check_numbers()?;
         config.check_paths()?;
         config.check_choices()?;
+        config.check_served()?;
         Ok(config)
     }
 
@@ -129,10 +143,15 @@ impl Config {
         if !self.text(FACTORY, "template_path").starts_with('/') {
             return Err(self.wrong(FACTORY, "template_path", "must be an absolute path"));
         }
-        if self.agent_kind == Kind::Noop {
-            let why = "can not be \"noop\" with templates: nobody in a clone could make it \
-                       another than its template";
+        if matches!(self.agent_kind, Kind::Noop | Kind::Hyperstart) {
+            let why = "can not be used with templates: nobody in a clone could make it another \
+                       than its template";
             return Err(self.wrong(OURS, "agent", why));
+        }
+        if self.transport() == Transport::VhostUserVsock {
+            let why = "can not be \"vhost-user-vsock\" with templates, whose memory another \
+                       process may not share: use \"vsock\" or \"serial\"";
+            return Err(self.wrong(OURS, "transport", why));
         }
         for key in ["enable_hugepages", "enable_mem_prealloc"] {
             if self.flag(QEMU, key) {
@@ -165,9 +184,35 @@ impl Config {
             let why = "guests from a disk image are not supported by this version: use initrd";
             return Err(self.wrong(QEMU, "image", why));
         }
-        if !["auto", "serial", "vsock"].contains(&self.text(OURS, "transport")) {
-            let why = "must be \"auto\", \"serial\" or \"vsock\" in this version";
+        if !["auto", "serial", "vsock", "vhost-user-vsock"].contains(&self.text(OURS, "transport"))
+        {
+            let why = "must be \"auto\", \"serial\", \"vsock\" or \"vhost-user-vsock\"";
             return Err(self.wrong(OURS, "transport", why));
+        }
+        if !self.text(OURS, "vsock_sockets").is_empty() {
+            let two = self.vsock_sockets().is_some_and(|(a, b)| a.is_absolute() && b.is_absolute());
+            if !two {
+                let why = "must be two absolute paths with a comma between";
+                return Err(self.wrong(OURS, "vsock_sockets", why));
+            }
+            if self.pool > 1 {
+                let why = "serve one VM: set vm_cache_number to 1, or name vsock_device instead";
+                return Err(self.wrong(OURS, "vsock_sockets", why));
+            }
+        }
+        match (self.agent_kind, self.transport()) {
+            (Kind::Kata1, Transport::VhostUserVsock) => {
+                let why = "can not be \"vhost-user-vsock\" for an agent of 1.x: use \"serial\"";
+                return Err(self.wrong(OURS, "transport", why));
+            }
+            (Kind::Hyperstart, Transport::Vsock | Transport::VhostUserVsock) => {
+                let why = "must be \"serial\" (or \"auto\") for hyperstart";
+                return Err(self.wrong(OURS, "transport", why));
+            }
+            _ => {}
+        }
+        if !["kata-1", "kata-3"].contains(&self.text(OURS, "wire")) {
+            return Err(self.wrong(OURS, "wire", "must be \"kata-1\" or \"kata-3\""));
         }
         let driver = self.text(QEMU, "block_device_driver");
         if !["virtio-scsi", "virtio-blk"].contains(&driver) {
@@ -175,10 +220,16 @@ impl Config {
             return Err(self.wrong(QEMU, "block_device_driver", why));
         }
         let shared = self.text(QEMU, "shared_fs");
-        if !["none", ""].contains(&shared) {
-            // Kata's file names virtio-fs or 9p; nothing here needs it.
+        if !["none", "", "virtio-9p", "virtio-fs"].contains(&shared) {
+            // Kata's file knows more; nothing here needs them.
             let line = format!(
                 "{}: shared_fs = {shared:?}: no directory is shared with guests",
+                self.place(QEMU, "shared_fs")
+            );
+            self.warnings.push(line);
+        } else if shared == "virtio-fs" && !self.shares_virtiofs() {
+            let line = format!(
+                "{}: shared_fs = \"virtio-fs\" has no effect on clones (enable_template)",
                 self.place(QEMU, "shared_fs")
             );
             self.warnings.push(line);
@@ -186,6 +237,22 @@ impl Config {
         self.log_level = self.text(OURS, "log_level").parse().map_err(|_| {
             self.wrong(OURS, "log_level", "must be error, warn, info, debug or trace")
         })?;
+        Ok(())
+    }
+
+    fn check_served(&mut self) -> Result<(), Error> {
+        let path = self.text(OURS, "served_config");
+        if path.is_empty() {
+            return Ok(());
+        }
+        let wrong = |why: String| self.wrong(OURS, "served_config", why);
+        let served = Served::read(Path::new(path)).map_err(wrong)?;
+        let told = VmConfig::parse(served.data.as_bytes()).map_err(|e| wrong(e.to_string()))?;
+        // Before it is set, what is derived is what is booted.
+        if let Some(what) = contradiction(&told, &VmConfig::of(self)) {
+            return Err(wrong(format!("{what}: import it again, or change the one or the other")));
+        }
+        self.served = Some(std::sync::Arc::new(served));
         Ok(())
     }
 
@@ -207,6 +274,15 @@ impl Config {
         })?;
         if !found.is_file() {
             return Err(wrong(QEMU, "path", &qemu, "is no file".to_string()));
+        }
+        if self.shares_virtiofs() {
+            let daemon = Path::new(self.text(QEMU, "virtio_fs_daemon"));
+            let found = std::fs::metadata(daemon).is_ok_and(|m| m.is_file());
+            if !found {
+                let why = "is no file: install virtiofsd (Debian: qemu-system-common has \
+                           /usr/lib/qemu/virtiofsd), or set shared_fs = \"none\"";
+                return Err(wrong(QEMU, "virtio_fs_daemon", daemon, why.to_string()));
+            }
         }
         let (kernel, initrd) = (self.kernel(), self.initrd());
         let head = head_of(&kernel)

@@ -14,6 +14,7 @@ mod error;
 mod find;
 pub mod options;
 mod raw;
+pub mod served;
 mod show;
 
 use std::fmt;
@@ -68,6 +69,17 @@ pub enum Machine {
     Pc,
 }
 
+/// How an agent is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// By virtio serial ports.
+    Serial,
+    /// By the host kernel's vsock.
+    Vsock,
+    /// By vsock that a process of the host carries.
+    VhostUserVsock,
+}
+
 impl Machine {
     /// QEMU's name.
     pub fn name(self) -> &'static str {
@@ -101,6 +113,8 @@ pub struct Config {
     pub socket_mode: u32,
     /// Log level.
     pub log_level: log::LevelFilter,
+    /// What clients are told instead of what is derived.
+    pub served: Option<std::sync::Arc<served::Served>>,
     raw: std::sync::Arc<Raw>,
 }
 
@@ -187,6 +201,11 @@ impl Config {
         }
     }
 
+    /// Whether an option stands in a file.
+    pub fn given(&self, table: &str, key: &str) -> bool {
+        self.raw.entries.contains_key(&(table.to_string(), key.to_string()))
+    }
+
     /// QEMU's executable.
     pub fn qemu(&self) -> PathBuf {
         self.text(QEMU, "path").into()
@@ -227,10 +246,44 @@ impl Config {
         self.flag(OURS, "pause_idle")
     }
 
-    /// Whether the agent is reached over vsock.
-    pub fn vsock(&self) -> bool {
-        // Our agent answers on both, and only its serial ports are private.
-        self.text(OURS, "transport") == "vsock"
+    /// How the agent is reached.
+    pub fn transport(&self) -> Transport {
+        match self.text(OURS, "transport") {
+            "vsock" => Transport::Vsock,
+            "vhost-user-vsock" => Transport::VhostUserVsock,
+            // What a file of Kata 1.x says holds for its agents.
+            "auto" if self.agent_kind == Kind::Kata1 && self.flag(QEMU, "use_vsock") => {
+                match Path::new(crate::transport::vsock::DEVICE).exists() {
+                    true => Transport::Vsock,
+                    false => Transport::Serial,
+                }
+            }
+            // Our agent answers on all, and only its serial ports are private.
+            _ => Transport::Serial,
+        }
+    }
+
+    /// The sockets of a vsock device that somebody else has started: QEMU's, and the
+    /// host's.
+    pub fn vsock_sockets(&self) -> Option<(PathBuf, PathBuf)> {
+        let (qemus, hosts) = self.text(OURS, "vsock_sockets").split_once(',')?;
+        Some((qemus.trim().into(), hosts.trim().into()))
+    }
+
+    /// Whether QEMU serves a directory of the host to each guest.
+    pub fn shares_9p(&self) -> bool {
+        self.text(QEMU, "shared_fs") == "virtio-9p"
+    }
+
+    /// Whether a virtiofsd serves a directory of the host to each guest. Not to
+    /// clones, whose memory it could not share.
+    pub fn shares_virtiofs(&self) -> bool {
+        self.text(QEMU, "shared_fs") == "virtio-fs" && !self.flag(FACTORY, "enable_template")
+    }
+
+    /// Whether processes beside QEMU must see a guest's memory.
+    pub fn shared_memory(&self) -> bool {
+        self.shares_virtiofs() || self.transport() == Transport::VhostUserVsock
     }
 
     /// Most CPUs that a VM can have; QEMU and the kernel must know it at boot.

@@ -46,6 +46,8 @@ const fn opt(table: &'static str, key: &'static str, default: Fallback, help: &'
     Opt { table, key, default, help }
 }
 
+mod kata;
+
 use Fallback::{Flag, List, Number, Text};
 
 /// Kata's hypervisor table.
@@ -56,11 +58,13 @@ pub const FACTORY: &str = "factory";
 pub const AGENT: &str = "agent.kata";
 /// Kata's proxy table (1.x).
 pub const PROXY: &str = "proxy.kata";
+/// Kata's runtime table.
+pub const RUNTIME: &str = "runtime";
 /// Our own table.
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 45] = [
+pub static OPTIONS: [Opt; 53] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -80,7 +84,13 @@ pub static OPTIONS: [Opt; 45] = [
     opt(QEMU, "default_memory", Number(2048), "memory of a base VM, MiB; at least 64"),
     opt(QEMU, "memory_slots", Number(10), "slots for memory that is added later"),
     opt(QEMU, "default_bridges", Number(1), "PCI bridges for devices that are added later"),
-    opt(QEMU, "shared_fs", Text("none"), "host directory shared with guests; only none"),
+    opt(
+        QEMU,
+        "shared_fs",
+        Text("none"),
+        "directories shared with guests: virtio-fs (not with clones; `run --rootfs DIR` copies \
+         nothing then), virtio-9p (for guests of Kata 1.x), or none",
+    ),
     opt(QEMU, "entropy_source", Text("/dev/urandom"), "where the guest's random device reads"),
     opt(QEMU, "file_mem_backend", Text(""), "directory for guest memory in files"),
     opt(QEMU, "enable_hugepages", Flag(false), "guest memory from /dev/hugepages"),
@@ -98,6 +108,8 @@ pub static OPTIONS: [Opt; 45] = [
         Flag(false),
         "let guest memory be swapped (Kata's 1.x; else it is locked where mlock is asked for)",
     ),
+    opt(QEMU, "virtio_fs_daemon", Text(""), "virtiofsd, for shared_fs = \"virtio-fs\""),
+    opt(QEMU, "virtio_fs_cache", Text(""), "its cache mode; empty: auto"),
     opt(
         QEMU,
         "disable_vhost_net",
@@ -115,7 +127,14 @@ pub static OPTIONS: [Opt; 45] = [
     opt(QEMU, "enable_debug", Flag(false), "kernel messages on the VM's console, debug parameters"),
     opt(AGENT, "enable_debug", Flag(false), "debug messages of the agent"),
     opt(AGENT, "kernel_modules", List(&[]), "modules that the agent loads"),
-    opt(PROXY, "path", Text(""), "Kata 1.x's proxy (not yet used)"),
+    opt(
+        AGENT,
+        "protocol",
+        Text("ttrpc"),
+        "what a kata agent speaks: ttrpc (2.x and later, and ours), or grpc (1.x)",
+    ),
+    opt(PROXY, "path", Text(""), "proxy of agents of 1.x on a serial port; empty: vmcache proxy"),
+    opt(PROXY, "enable_debug", Flag(false), "the proxy logs all it can, and the guest's console"),
     opt(
         FACTORY,
         "enable_template",
@@ -136,12 +155,30 @@ pub static OPTIONS: [Opt; 45] = [
         "the server's socket; at most 107 bytes",
     ),
     opt(OURS, "accel", Text("kvm"), "kvm, or tcg where there is no KVM"),
-    opt(OURS, "agent", Text("kata"), "which agent guests have: kata, or noop for bare VMs"),
+    opt(
+        OURS,
+        "agent",
+        Text("kata"),
+        "which agent guests have: kata (or ours), hyperstart, or noop for bare VMs",
+    ),
     opt(
         OURS,
         "transport",
         Text("auto"),
-        "how to reach the agent: serial, vsock, or auto, which is serial for our own agent",
+        "how to reach the agent: serial, vsock, vhost-user-vsock, or auto, which is serial",
+    ),
+    opt(
+        OURS,
+        "vsock_device",
+        Text("/usr/bin/vhost-device-vsock"),
+        "the program that carries a guest's vsock for transport = \"vhost-user-vsock\"",
+    ),
+    opt(
+        OURS,
+        "vsock_sockets",
+        Text(""),
+        "instead of starting it: the sockets of one that runs, for QEMU and for the host, with \
+         a comma between (one VM only)",
     ),
     opt(OURS, "boot_timeout", Number(30), "seconds until a VM that is not ready has failed"),
     opt(
@@ -162,54 +199,22 @@ pub static OPTIONS: [Opt; 45] = [
     opt(OURS, "sandbox", Flag(true), "QEMU's seccomp sandbox with all its denials"),
     opt(OURS, "socket_mode", Text("0600"), "permissions of the server's socket, octal"),
     opt(OURS, "socket_group", Text(""), "group of the server's socket"),
+    opt(
+        OURS,
+        "wire",
+        Text("kata-1"),
+        "whose VmConfig clients are told: kata-1 (1.13's), or kata-3 (3.20's)",
+    ),
+    opt(
+        OURS,
+        "served_config",
+        Text(""),
+        "a file made by `vmcache config import`: clients are told what it says, to the letter",
+    ),
     opt(OURS, "log_level", Text("info"), "error, warn, info, debug or trace"),
 ];
 
-/// Options of Kata that change nothing here, and need no warning.
-pub const KATA_ONLY: [&str; 40] = [
-    "enable_annotations",
-    "valid_hypervisor_paths",
-    "valid_virtio_fs_daemon_paths",
-    "valid_vhost_user_store_paths",
-    "valid_file_mem_backends",
-    "valid_entropy_sources",
-    "virtio_fs_daemon",
-    "virtio_fs_cache",
-    "virtio_fs_cache_size",
-    "virtio_fs_queue_size",
-    "virtio_fs_extra_args",
-    "virtio_fs_is_dax",
-    "enable_vhost_user_store",
-    "vhost_user_store_path",
-    "vhost_user_reconnect_timeout_sec",
-    "pflashes",
-    "use_vsock",
-    "rootfs_type",
-    "firmware_volume",
-    "default_maxmemory",
-    "memory_offset",
-    "block_device_aio",
-    "block_device_cache_set",
-    "block_device_cache_direct",
-    "block_device_cache_noflush",
-    "disable_image_nvdimm",
-    "disable_selinux",
-    "disable_guest_selinux",
-    "guest_hook_path",
-    "msize_9p",
-    "hotplug_vfio",
-    "cold_plug_vfio",
-    "hot_plug_vfio",
-    "pcie_root_port",
-    "dial_timeout",
-    "enable_tracing",
-    "trace_mode",
-    "trace_type",
-    "debug_console_enabled",
-    "container_pipe_size",
-];
-
-/// The option of that table and name.
+/// The option of that table and name, Kata's included.
 pub fn find(table: &str, key: &str) -> Option<&'static Opt> {
-    OPTIONS.iter().find(|o| o.table == table && o.key == key)
+    OPTIONS.iter().chain(&kata::OPTIONS).find(|o| o.table == table && o.key == key)
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use super::options::{find, Fallback, AGENT, FACTORY, KATA_ONLY, OURS, PROXY, QEMU};
+use super::options::{find, Fallback, AGENT, FACTORY, OURS, PROXY, QEMU};
 use super::{Error, Place};
 
 /// Largest file read, in bytes.
@@ -130,8 +130,7 @@ impl Raw {
         if table == OURS || table.starts_with("vmcache.") {
             return Err(Error::UnknownKey { place, key: format!("{table}.{key}") });
         }
-        let kata = [QEMU, FACTORY, AGENT, PROXY].contains(&table);
-        if kata && !KATA_ONLY.contains(&key) {
+        if [QEMU, FACTORY, AGENT, PROXY].contains(&table) {
             self.warnings.push(format!("{place}: {table}.{key} is not known, and has no effect"));
         }
         Ok(())

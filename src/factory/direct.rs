@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{BaseFactory, Born, Error, VmStatus, Wanted};
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::hypervisor::qemu::process::Process;
+use crate::process::Process;
 use crate::vm::boot::{boot, Purpose};
 use crate::vm::{Vm, VmConfig};
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
 
 use super::{BaseFactory, VmStatus};
-use crate::proto::cache::{GrpcStatus, GrpcVM};
+use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
 use crate::proto::control_grpc::ControlClient;
 use crate::proto::empty::Empty;
@@ -176,12 +176,11 @@ impl GrpcCache {
         })
     }
 
-    /// Config without looking into its answer, for measuring.
-    pub fn fetch_config_raw(&self) -> Result<(), Error> {
+    /// Config's answer, as it came.
+    pub fn fetch_config_raw(&self) -> Result<GrpcVMConfig, Error> {
         let since = Instant::now();
         self.cache
             .config_opt(&Empty::new(), Self::short())
-            .map(|_| ())
             .map_err(|e| self.failed("Config", since, e))
     }
 
@@ -242,7 +241,8 @@ impl BaseFactory for GrpcCache {
 
     fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, super::Error> {
         let message = self.claim_raw(within).map_err(super::Error::Cache)?;
-        wire::from_wire(&message).map_err(super::Error::Vm)
+        let served = || self.fetch_config().map_err(|e| crate::report::chain(&e));
+        wire::from_wire(&message, served).map_err(super::Error::Vm)
     }
 
     fn status(&self) -> Result<Vec<VmStatus>, super::Error> {

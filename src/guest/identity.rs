@@ -73,6 +73,16 @@ pub fn online(cpus: u32, cpu_only: bool, wait: bool) -> Outcome<()> {
     Ok(())
 }
 
+/// Tells the kernel of memory that was added, where it does not hear of it itself.
+pub fn probe(addresses: &[u64]) -> Outcome<()> {
+    let file = "/sys/devices/system/memory/probe";
+    for address in addresses {
+        fs::write(file, format!("{address:#x}"))
+            .during(|| format!("write the address {address:#x} to {file}"))?;
+    }
+    Ok(())
+}
+
 /// What GetGuestDetails tells of memory hotplug.
 pub fn details(block_size: bool, probe: bool) -> GuestDetailsResponse {
     let mut out = GuestDetailsResponse::default();

@@ -206,12 +206,20 @@ impl AgentService for Agent {
             "" => listing::everything(),
             id => answer(self.group(id))?.pids(),
         };
-        let process_list = answer(listing::processes(pids, &r.format))?;
+        let process_list = answer(listing::processes(pids, &r.format, &r.args))?;
         Ok(ListProcessesResponse { process_list, ..ListProcessesResponse::default() })
     }
 
     fn online_cpu_mem(&self, _: &TtrpcContext, r: OnlineCPUMemRequest) -> ttrpc::Result<Empty> {
         empty(identity::online(r.nb_cpus, r.cpu_only, r.wait))
+    }
+
+    fn mem_hotplug_by_probe(
+        &self,
+        _: &TtrpcContext,
+        r: MemHotplugByProbeRequest,
+    ) -> ttrpc::Result<Empty> {
+        empty(identity::probe(&r.memHotplugProbeAddr))
     }
 
     fn reseed_random_dev(
@@ -238,6 +246,8 @@ impl AgentService for Agent {
         let details = AgentDetails {
             version: env!("CARGO_PKG_VERSION").to_string(),
             init_daemon: true,
+            // By which a host tells it from Kata's.
+            extra_features: vec![crate::transport::OWN_AGENT.to_string()],
             ..AgentDetails::default()
         };
         let mut out = identity::details(r.mem_block_size, r.mem_hotplug_probe);

@@ -44,12 +44,47 @@ pub fn attach(s: &Storage, root: &Path) -> Outcome<PathBuf> {
     let attempt = || format!("mount {} ({}) on {}", source.display(), s.fstype, s.mount_point);
     fs::create_dir_all(&target).during(attempt)?;
     let (flags, data) = options(&s.options);
+    if s.fstype == "overlay" {
+        make_layers(&s.options)?;
+    }
+    if s.fstype == "virtiofs" {
+        return mount_plugged(&source, &target, flags, data.as_deref(), &attempt).map(|()| target);
+    }
     if s.driver == "blk" && s.fstype.is_empty() {
         return mount_found(&source, &target, flags, data.as_deref()).map(|()| target);
     }
     let kind = (!s.fstype.is_empty()).then_some(s.fstype.as_str());
     mount(Some(&source), &target, kind, flags, data.as_deref()).during(attempt)?;
     Ok(target)
+}
+
+/// Makes the directories that an overlay writes to.
+fn make_layers(options: &[String]) -> Outcome<()> {
+    for option in options {
+        let path = option.strip_prefix("upperdir=").or(option.strip_prefix("workdir="));
+        if let Some(path) = path {
+            fs::create_dir_all(path).during(|| format!("make the overlay's {path}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Mounts a directory of the host, whose device may just be coming.
+fn mount_plugged(
+    tag: &Path,
+    target: &Path,
+    flags: MsFlags,
+    data: Option<&str>,
+    attempt: &dyn Fn() -> String,
+) -> Outcome<()> {
+    let deadline = Instant::now() + COMING;
+    loop {
+        match mount(Some(tag), target, Some("virtiofs"), flags, data) {
+            // No such tag, yet.
+            Err(Errno::EINVAL) if Instant::now() < deadline => sleep(LOOK),
+            other => return other.during(attempt),
+        }
+    }
 }
 
 /// Writes out and unmounts what [`attach`] mounted, the last first. One that does

@@ -51,11 +51,11 @@ const QUIT: Method<Empty, Empty> = method(MethodType::Unary, "/cache.CacheServic
 /// Kata's service.
 pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
     let base = VmConfig::of(config);
-    let answer = GrpcVMConfig {
-        Data: base.to_json(),
-        AgentConfig: base.agent_json(),
-        ..GrpcVMConfig::default()
+    let (data, agent) = match &config.served {
+        Some(served) => (served.data.clone().into_bytes(), served.agent.clone().into_bytes()),
+        None => (base.to_json(), base.agent_json()),
     };
+    let answer = GrpcVMConfig { Data: data, AgentConfig: agent, ..GrpcVMConfig::default() };
     let (claiming, claimers) = (Arc::clone(pool), peers.clone());
     let shown = Arc::clone(pool);
     let (quitting, quitters) = (Arc::clone(pool), peers.clone());

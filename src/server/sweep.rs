@@ -15,7 +15,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::hypervisor::qemu::process::Process;
+use crate::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::{Ledger, State};
@@ -46,6 +46,7 @@ pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
             if ledger.pid == 0 {
                 drop(unrecorded(&ledger.id));
             }
+            drop(ledger.adopt_attendants());
             drop(VmDir::adopt(&path));
         }
     }
@@ -68,6 +69,8 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
         _ => false,
     };
     let id = ledger.id.clone();
+    let attendants = if dead { ledger.adopt_attendants() } else { Vec::new() };
+    drop(attendants);
     if claimed && !dead {
         if let Ok(mut vm) = wire::from_directory(path, ledger) {
             log::info!("kept: VM {id} (QEMU pid {}) is a client's", vm.pid());
@@ -87,11 +90,12 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
         ledger.pid,
         if dead { ", dead" } else { "" }
     );
-    // QEMU first, then its directory.
+    // QEMU first, then what served it, then its directory.
     match ledger.pid {
         0 => drop(unrecorded(&id)),
         pid => drop(Process::adopt(pid, ledger.start_time)),
     }
+    drop(ledger.adopt_attendants());
     drop(VmDir::adopt(path));
     None
 }

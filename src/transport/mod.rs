@@ -5,11 +5,22 @@
 /// The vsock port on which Kata's agents, and ours, listen.
 pub const AGENT_PORT: u32 = 1024;
 
+/// The feature by which our agent is told from Kata's.
+pub const OWN_AGENT: &str = "vmcache";
+
 pub mod frame;
+#[cfg(feature = "host")]
+pub mod hybrid_vsock;
+#[cfg(feature = "host")]
+pub mod proxy;
 #[cfg(feature = "host")]
 pub mod serial;
 #[cfg(feature = "host")]
+pub mod socket;
+#[cfg(feature = "host")]
 pub mod vsock;
+#[cfg(feature = "host")]
+pub mod yamux;
 
 /// Why there is no connection.
 #[cfg(feature = "host")]
@@ -19,6 +30,15 @@ pub enum Error {
     Serial(serial::Error),
     /// Over vsock.
     Vsock(vsock::Error),
+    /// Over vsock in user space.
+    Hybrid(hybrid_vsock::Error),
+    /// A socket of a process on the host.
+    Socket(socket::Error),
+    /// The guest's end said nothing, or nothing that makes sense.
+    Guest {
+        /// What it was to say.
+        what: String,
+    },
 }
 
 #[cfg(feature = "host")]
@@ -28,6 +48,9 @@ impl Error {
         match self {
             Error::Serial(e) => e.is_guests(),
             Error::Vsock(e) => matches!(e, vsock::Error::Silent { .. }),
+            Error::Hybrid(e) => matches!(e, hybrid_vsock::Error::Silent { .. }),
+            Error::Socket(_) => false,
+            Error::Guest { .. } => true,
         }
     }
 }
@@ -39,6 +62,9 @@ impl std::fmt::Display for Error {
         match self {
             Error::Serial(e) => e.fmt(f),
             Error::Vsock(e) => e.fmt(f),
+            Error::Hybrid(e) => e.fmt(f),
+            Error::Socket(e) => e.fmt(f),
+            Error::Guest { what } => f.write_str(what),
         }
     }
 }
@@ -49,6 +75,9 @@ impl std::error::Error for Error {
         match self {
             Error::Serial(e) => e.source(),
             Error::Vsock(e) => e.source(),
+            Error::Hybrid(e) => e.source(),
+            Error::Socket(e) => e.source(),
+            Error::Guest { .. } => None,
         }
     }
 }

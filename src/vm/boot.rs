@@ -4,6 +4,7 @@
 //! neither process nor directory, and says which phase did not come, after how
 //! long, and what QEMU and the guest's console wrote.
 
+mod attend;
 mod failure;
 
 use std::error;
@@ -13,6 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use attend::Seated;
 pub use failure::{BootError, Phase};
 
 use super::console::Console;
@@ -25,12 +27,12 @@ use crate::agent::{self, Agent};
 use crate::config::options::QEMU;
 use crate::config::Config;
 use crate::host;
-use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+use crate::hypervisor::qemu::argv::{argv, Memory, Names, VSOCK};
 use crate::hypervisor::qemu::balloon;
-use crate::hypervisor::qemu::migrate;
-use crate::hypervisor::qemu::process::Process;
 use crate::hypervisor::qemu::qmp::Qmp;
-use crate::transport::vsock;
+use crate::hypervisor::qemu::{migrate, virtio};
+use crate::process::attendant::Attendant;
+use crate::process::Process;
 
 /// How long a QEMU that has gone silent may take to be dead of itself.
 const LAST_BREATH: Duration = Duration::from_millis(300);
@@ -69,7 +71,7 @@ pub fn boot(
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
     let connected = Spawned::start(config, purpose, Base::None, started)?.connect()?;
-    let mut guest = connected.await_guest()?;
+    let mut guest = connected.await_guest(config)?;
     if purpose.waits() && config.flag(QEMU, "reclaim_guest_freed_memory") {
         guest = guest.give_back()?;
     }
@@ -80,7 +82,8 @@ pub fn boot(
 /// state written into `state`, and itself gone when this returns.
 ///
 /// It has no identity: each clone gets its own. `warm` is what its guest does
-/// before, so that no clone needs to. Gives QEMU's version.
+/// before, so that no clone needs to; it is told whether the agent is vmcache's own.
+/// Gives QEMU's version.
 ///
 /// # Errors
 /// [`BootError`]; the files are then of no use.
@@ -88,13 +91,14 @@ pub fn boot_template(
     config: &Config,
     memory: &File,
     state: &File,
-    warm: &dyn Fn(&dyn Agent),
+    warm: &dyn Fn(&dyn Agent, bool),
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<String, BootError> {
     let purpose = Purpose::Own { leased: true, waits: false };
     let base = Base::Template(memory);
-    let guest = Spawned::start(config, &purpose, base, started)?.connect()?.await_guest()?;
-    warm(&*guest.agent);
+    let guest = Spawned::start(config, &purpose, base, started)?.connect()?.await_guest(config)?;
+    let spawned = &guest.connected.spawned;
+    warm(&*spawned.agent, spawned.ledger.own_agent);
     guest.save(state)
 }
 
@@ -120,7 +124,7 @@ pub fn boot_clone(
     started: &mut dyn FnMut(&str, &Process),
 ) -> Result<Vm, BootError> {
     let spawned = Spawned::start(config, purpose, Base::Clone(origin), started)?;
-    spawned.connect()?.load(origin.state)?.await_guest()?.settle()
+    spawned.connect()?.load(origin.state)?.await_guest(config)?.settle()
 }
 
 /// The clock of one boot.
@@ -152,9 +156,11 @@ enum Base<'a> {
 /// QEMU runs.
 struct Spawned {
     process: Process,
+    attendants: Vec<Attendant>,
     dir: VmDir,
     ledger: Ledger,
     clock: Clock,
+    agent: Box<dyn Agent>,
 }
 
 /// QEMU's monitor has answered.
@@ -166,8 +172,6 @@ struct Connected {
 /// The guest's agent has answered.
 struct Booted {
     connected: Connected,
-    agent: Box<dyn Agent>,
-    address: Address,
 }
 
 impl Spawned {
@@ -195,6 +199,9 @@ impl Spawned {
             early(&id, Phase::Directory, text.into())
         };
         let dir = VmDir::create(&config.store(), &id).map_err(directory)?;
+        if config.shares_9p() || config.shares_virtiofs() {
+            dir.share().map_err(directory)?;
+        }
         let (endpoint, leased) = match purpose {
             Purpose::Pool { endpoint } => (endpoint.clone(), false),
             Purpose::Own { leased, .. } => (String::new(), *leased),
@@ -216,14 +223,19 @@ impl Spawned {
             },
             agent: config.agent_kind,
             cid: None,
+            agent_url: String::new(),
+            own_agent: true,
+            attendants: Vec::new(),
         };
-        // Held until QEMU has it.
-        let vsock = match config.vsock() && config.agent_kind != agent::Kind::Noop {
-            true => Some(vsock::reserve().map_err(|e| early(&id, Phase::Directory, e.into()))?),
-            false => None,
-        };
+        let seated = Seated::take(config, dir.path());
+        let Seated { agent, channels, vsock } =
+            seated.map_err(|e| early(&id, Phase::Directory, e))?;
         ledger.cid = vsock.as_ref().map(|(cid, _)| *cid);
+        ledger.agent_url = agent.agent_url();
         ledger.write(dir.path()).map_err(directory)?;
+        let attendants = attend::before_qemu(config, &channels, dir.path(), leased, clock.left());
+        let attendants = attendants.map_err(|e| early(&id, Phase::Attendant, e))?;
+        ledger.attendants = attendants.iter().map(Attendant::record).collect();
         // Bound before QEMU starts, so there is no wait for it to appear.
         let monitor = UnixListener::bind(dir.monitor()).map_err(directory)?;
         let names = Names {
@@ -240,7 +252,8 @@ impl Spawned {
                     head: o.head.map(File::as_raw_fd),
                 },
             },
-            vsock: vsock.as_ref().map(|(cid, file)| (*cid, file.as_raw_fd())),
+            channels: &channels,
+            vsock: vsock.as_ref().map(|(_, file)| file.as_raw_fd()),
         };
         let args = argv(config, &names);
         let mut inherited = vec![monitor.as_fd()];
@@ -258,7 +271,7 @@ impl Spawned {
         let written = ledger
             .write(dir.path())
             .and_then(|()| std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid())));
-        let spawned = Spawned { process, dir, ledger, clock };
+        let spawned = Spawned { process, attendants, dir, ledger, clock, agent };
         started(&spawned.ledger.id, &spawned.process);
         match written {
             Ok(()) => Ok(spawned),
@@ -307,26 +320,58 @@ impl Connected {
         }
     }
 
-    fn await_guest(self) -> Result<Booted, BootError> {
-        let console = Console::open(&self.spawned.dir);
-        let ledger = &self.spawned.ledger;
-        let address = Address::of(ledger.agent, self.spawned.dir.path(), ledger.cid);
-        let clock = self.spawned.clock;
-        let ask = || {
-            let agent = agent::await_boot(&address, clock.left())?;
-            agent.check(clock.left()).map(|()| agent)
-        };
-        // A clone's guest may hear only now that its connections are another's, and end
-        // this one with them.
-        let agent = match ask() {
-            Err(agent::Error::Call { .. }) if self.spawned.process.alive() => ask(),
-            other => other,
-        };
-        let console = console.map(Console::close).unwrap_or_default();
-        match agent {
-            Ok(agent) => Ok(Booted { connected: self, agent, address }),
-            Err(e) => Err(self.spawned.failed(Phase::Guest, e.into(), &console)),
+    fn await_guest(mut self, config: &Config) -> Result<Booted, BootError> {
+        if let Err(e) = self.attend(config) {
+            return Err(self.spawned.failed(Phase::Attendant, e, ""));
         }
+        let console = Console::open(&self.spawned.dir);
+        let answered = self.answer();
+        let console = console.map(Console::close).unwrap_or_default();
+        match answered {
+            Ok(()) => Ok(Booted { connected: self }),
+            Err(e) => Err(self.spawned.failed(Phase::Guest, e, &console)),
+        }
+    }
+
+    /// Starts what needs QEMU to run, and writes it down.
+    fn attend(&mut self, config: &Config) -> Result<(), Source> {
+        let spawned = &mut self.spawned;
+        if !matches!(spawned.agent.address(), Address::Proxy(_)) {
+            return Ok(());
+        }
+        let leased = spawned.ledger.owner.is_some_and(|o| o.lease);
+        let command = attend::proxy(config, &spawned.ledger.id, leased)?;
+        if let Some(mut proxy) = spawned.agent.start_proxy(&command)? {
+            let within = spawned.clock.left();
+            attend::await_proxy(&mut proxy, spawned.agent.address(), within)?;
+            spawned.attendants.push(proxy);
+            spawned.ledger.attendants = spawned.attendants.iter().map(Attendant::record).collect();
+            spawned.ledger.write(spawned.dir.path())?;
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self) -> Result<(), Source> {
+        let Connected { spawned, monitor } = self;
+        let (agent, clock) = (&spawned.agent, spawned.clock);
+        if matches!(agent.address(), Address::Hybrid { .. }) {
+            virtio::await_driver(monitor, VSOCK, clock.left())?;
+        }
+        let ask = || {
+            agent.connect(clock.left(), true)?;
+            agent.check(clock.left())
+        };
+        match ask() {
+            // A clone's guest may hear only now that its connections are another's, and end
+            // this one with them.
+            Err(agent::Error::Call { .. }) if spawned.process.alive() => {
+                agent.disconnect();
+                ask()?;
+            }
+            other => other?,
+        }
+        spawned.ledger.own_agent = identity::is_own(&**agent)?;
+        Ok(())
     }
 }
 
@@ -339,10 +384,11 @@ fn settle_down(monitor: &mut Qmp) {
 
 impl Booted {
     fn save(self, state: &File) -> Result<String, BootError> {
-        let Booted { connected: Connected { spawned, mut monitor }, agent, .. } = self;
+        let Booted { connected: Connected { mut spawned, mut monitor } } = self;
         // A session that is open now would be open in every clone, and what the guest
         // still has to do, for its end and for its boot, each of them would do.
-        agent.leave();
+        spawned.agent.disconnect();
+        spawned.attendants.clear();
         settle_down(&mut monitor);
         let within = spawned.clock.left();
         let saved =
@@ -366,22 +412,21 @@ impl Booted {
     }
 
     fn settle(self) -> Result<Vm, BootError> {
-        let Booted { connected: Connected { spawned, monitor }, agent, address } = self;
-        let own = identity::refresh(&*agent);
-        if let Err(e) = own.and_then(|()| identity::name(&*agent, &spawned.ledger.id)) {
+        let Booted { connected: Connected { mut spawned, monitor } } = self;
+        if let Err(e) = identity::give(&*spawned.agent, &spawned.ledger) {
             return Err(spawned.failed(Phase::Identity, e.into(), ""));
         }
-        agent.leave();
+        spawned.agent.disconnect();
         drop(monitor);
-        let Spawned { process, dir, mut ledger, clock } = spawned;
-        ledger.state = State::Ready;
-        if let Err(e) = ledger.write(dir.path()) {
-            let spawned = Spawned { process, dir, ledger, clock };
+        spawned.ledger.state = State::Ready;
+        if let Err(e) = spawned.ledger.write(spawned.dir.path()) {
             return Err(spawned.failed(Phase::Ready, e.into(), ""));
         }
+        let Spawned { process, attendants, dir, ledger, agent, .. } = spawned;
+        let address = agent.address().clone();
         // The monitor's socket was made by us: as private as QEMU makes its own.
         let private = std::fs::Permissions::from_mode(0o700);
         let _ = std::fs::set_permissions(dir.monitor(), private);
-        Ok(Vm { process, dir, ledger, agent: address, paused: false })
+        Ok(Vm { process, attendants, dir, ledger, agent: address, paused: false })
     }
 }

@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+/// Files shared with the guest, and mounts of Kata's runtimes below.
+const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
 /// Tries to remove a directory to which others add files.
 const MORE_TRIES: usize = 8;
 
@@ -15,6 +17,8 @@ const MORE_TRIES: usize = 8;
 #[derive(Debug)]
 pub struct VmDir {
     path: PathBuf,
+    /// Another one that goes with it.
+    more: Option<PathBuf>,
     let_go: bool,
 }
 
@@ -27,12 +31,17 @@ impl VmDir {
         DirBuilder::new().recursive(true).mode(0o700).create(store)?;
         let path = store.join(id);
         DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(VmDir { path, let_go: false })
+        Ok(VmDir { path, more: None, let_go: false })
     }
 
     /// Takes over a directory that another process made.
     pub fn adopt(path: &Path) -> VmDir {
-        VmDir { path: path.to_path_buf(), let_go: false }
+        VmDir { path: path.to_path_buf(), more: None, let_go: false }
+    }
+
+    /// Another directory is the VM's, too.
+    pub fn and(&mut self, more: &Path) {
+        self.more = Some(more.to_path_buf());
     }
 
     /// Its path.
@@ -50,9 +59,35 @@ impl VmDir {
         self.path.join("console.sock")
     }
 
+    /// Makes the directory that is shared with the guest.
+    ///
+    /// # Errors
+    /// As mkdir(2).
+    pub fn share(&self) -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(self.path.join(SHARED))
+    }
+
     /// Gives ownership up: the directory stays when this is dropped.
     pub fn let_go(mut self) {
         self.let_go = true;
+    }
+}
+
+/// A mount below a directory; also when it can not be known that there is none.
+fn mounted_below(path: &Path) -> Option<PathBuf> {
+    if !path.join(SHARED).exists() {
+        // Nobody mounts anything elsewhere in it.
+        return None;
+    }
+    let Ok(real) = path.canonicalize() else { return None };
+    match fs::read_to_string("/proc/self/mounts") {
+        Ok(table) => table
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1))
+            // The table writes blanks in octal; our names have none.
+            .map(PathBuf::from)
+            .find(|place| place.starts_with(&real)),
+        Err(_) => Some(real),
     }
 }
 
@@ -69,6 +104,16 @@ impl Drop for VmDir {
         if self.let_go {
             return;
         }
+        // A runtime may have left a root file system mounted there: what is removed
+        // then is somebody's files.
+        if let Some(place) = mounted_below(&self.path) {
+            log::error!(
+                "the VM directory {} is left: {} is mounted in it",
+                self.path.display(),
+                place.display()
+            );
+            return;
+        }
         // Who is just connecting to the agent may add a port's lock meanwhile.
         let mut removed = fs::remove_dir_all(&self.path);
         for _ in 0..MORE_TRIES {
@@ -79,7 +124,8 @@ impl Drop for VmDir {
                 _ => break,
             }
         }
-        if let Err(e) = removed.or_else(gone) {
+        let more = self.more.as_ref().map_or(Ok(()), fs::remove_dir_all);
+        if let Err(e) = removed.and(more).or_else(gone) {
             log::warn!("remove the VM directory {}: {e}", self.path.display());
         }
     }

@@ -3,9 +3,11 @@
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::ledger::Ledger;
 use crate::agent::{Agent, Error, Kind};
 use crate::proto::agent::CopyFileRequest;
 use crate::sys::process::random;
+use crate::transport::OWN_AGENT;
 
 /// Bytes with which a guest's random generator is reseeded.
 pub const SEED: usize = 512;
@@ -31,8 +33,8 @@ pub fn uuid() -> io::Result<String> {
 /// # Errors
 /// As the agent's; the VM must then not be used.
 pub fn refresh(agent: &dyn Agent) -> Result<(), Error> {
-    if agent.kind() == Kind::Noop {
-        // A bare VM, which is nobody's clone: that is checked.
+    if matches!(agent.kind(), Kind::Noop | Kind::Hyperstart) {
+        // They can not; their VMs are nobody's clones: that is checked.
         return Ok(());
     }
     let mut seed = [0; SEED];
@@ -47,17 +49,36 @@ pub fn host_name(id: &str) -> String {
     format!("vm-{}", id.get(..8).unwrap_or("guest"))
 }
 
+/// Whether a guest's agent is vmcache's own, which can do more than Kata's.
+///
+/// # Errors
+/// As the agent's.
+pub fn is_own(agent: &dyn Agent) -> Result<bool, Error> {
+    if agent.kind() != Kind::Kata {
+        return Ok(false);
+    }
+    let details = agent.guest_details()?;
+    Ok(details.agent_details.extra_features.iter().any(|f| f == OWN_AGENT))
+}
+
+/// Gives a guest all that makes it its own: random numbers, the clock, names.
+///
+/// # Errors
+/// As the agent's; the VM must then not be used.
+pub fn give(agent: &dyn Agent, ledger: &Ledger) -> Result<(), Error> {
+    refresh(agent)?;
+    match ledger.own_agent {
+        true => name(agent, &ledger.id),
+        // Kata's names a guest when its sandbox is made.
+        false => Ok(()),
+    }
+}
+
 /// Gives a guest its names: the machine id that belongs to its VM's, the UUID
 /// without its dashes, as machine-id(5) has it, and a host name, which our agent
 /// sets when it gets hostname(5). Done before a VM is published, since a clone
 /// has its template's.
-///
-/// # Errors
-/// As the agent's; the VM must then not be used.
-pub fn name(agent: &dyn Agent, id: &str) -> Result<(), Error> {
-    if agent.kind() == Kind::Noop {
-        return Ok(());
-    }
+fn name(agent: &dyn Agent, id: &str) -> Result<(), Error> {
     let file = |path: &str, line: String, mode: u32| {
         let data = format!("{line}\n").into_bytes();
         agent.copy_file(CopyFileRequest {

@@ -17,6 +17,7 @@ use std::path::Path;
 use serde_derive::{Deserialize, Serialize};
 
 use crate::agent::Kind;
+use crate::process::attendant::{Attendant, Record};
 use crate::sys::process::start_time;
 
 /// The file's name.
@@ -114,6 +115,19 @@ pub struct Ledger {
     /// Its guest's vsock address, when it has one.
     #[serde(default)]
     pub cid: Option<u32>,
+    /// Where its agent is; empty in ledgers of versions that did not say.
+    #[serde(default)]
+    pub agent_url: String,
+    /// Whether the agent is vmcache's own.
+    #[serde(default = "yes")]
+    pub own_agent: bool,
+    /// Processes that serve it beside QEMU.
+    #[serde(default)]
+    pub attendants: Vec<Record>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Ledger {
@@ -160,6 +174,11 @@ impl Ledger {
             return Err(io::Error::other(format!("it is the ledger of VM {:?}", ledger.id)));
         }
         Ok(ledger)
+    }
+
+    /// Those of its attendants that run; whoever calls this owns them.
+    pub fn adopt_attendants(&self) -> Vec<Attendant> {
+        self.attendants.iter().filter_map(Attendant::adopt).collect()
     }
 
     /// All VMs with a ledger below a store, by directory; damaged ones are
@@ -221,6 +240,7 @@ impl ClaimNote {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::attendant::Role;
 
     #[test]
     fn a_ledger_comes_back_and_a_damaged_one_is_refused() {
@@ -241,6 +261,9 @@ mod tests {
             owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true }),
             agent: Kind::Kata,
             cid: Some(7),
+            agent_url: "vsock://7:1024".into(),
+            own_agent: true,
+            attendants: vec![Record { role: Role::Proxy, pid: 8, start_time: 9 }],
         };
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);

@@ -31,9 +31,11 @@ use ledger::Ledger;
 
 use crate::agent::address::Address;
 use crate::agent::{self, Agent};
-use crate::hypervisor::qemu::hotplug;
-use crate::hypervisor::qemu::process::Process;
+use crate::hypervisor::qemu::argv::VSOCK;
 use crate::hypervisor::qemu::qmp::{self, Qmp, QUICK};
+use crate::hypervisor::qemu::{hotplug, virtio};
+use crate::process::attendant::{Attendant, Role};
+use crate::process::Process;
 
 /// Until a VM that ran before answers again after it was resumed.
 pub const ANSWER: Duration = Duration::from_secs(20);
@@ -59,7 +61,9 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Dead { id, pid } => write!(f, "VM {id} is dead: its QEMU, pid {pid}, has ended"),
+            Error::Dead { id, pid } => {
+                write!(f, "VM {id} is dead: its QEMU, pid {pid}, or what serves it has ended")
+            }
             Error::Monitor { id, .. } => write!(f, "control VM {id}"),
             Error::Agent { id, .. } => write!(f, "talk to VM {id}"),
             Error::Hotplug { id, .. } => write!(f, "add to VM {id}"),
@@ -86,6 +90,8 @@ impl error::Error for Error {
 pub struct Vm {
     // First, so that QEMU is gone before its directory is.
     process: Process,
+    // Then what serves it.
+    attendants: Vec<Attendant>,
     dir: VmDir,
     ledger: Ledger,
     agent: Address,
@@ -155,9 +161,34 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether QEMU runs.
+    /// Whether QEMU runs, and what serves it.
     pub fn alive(&self) -> bool {
-        self.process.alive()
+        self.process.alive() && self.attendants.iter().all(Attendant::alive)
+    }
+
+    /// What of it has ended, when it is not alive.
+    pub fn lost(&self) -> String {
+        match self.attendants.iter().find(|a| !a.alive()) {
+            Some(a) if self.process.alive() => {
+                format!("its {}, pid {}, has ended", a.role().name(), a.pid())
+            }
+            _ => "QEMU has ended".into(),
+        }
+    }
+
+    /// What serves it beside QEMU.
+    pub fn attendants(&self) -> &[Attendant] {
+        &self.attendants
+    }
+
+    /// The pid of one of them.
+    pub fn attendant(&self, role: Role) -> Option<i32> {
+        self.attendants.iter().find(|a| a.role() == role).map(Attendant::pid)
+    }
+
+    /// Whether its agent is vmcache's own.
+    pub fn own_agent(&self) -> bool {
+        self.ledger.own_agent
     }
 
     /// A pidfd of QEMU, to watch for its end.
@@ -173,7 +204,14 @@ impl Vm {
     /// # Errors
     /// [`Error::Dead`] or [`Error::Monitor`].
     pub fn resume(&mut self) -> Result<(), Error> {
-        self.monitored(Qmp::resume)?;
+        let vsock = matches!(self.agent, Address::Hybrid { .. });
+        self.monitored(|qmp| {
+            qmp.resume()?;
+            match vsock {
+                true => virtio::await_driver(qmp, VSOCK, ANSWER),
+                false => Ok(()),
+            }
+        })?;
         self.paused = false;
         Ok(())
     }
@@ -183,6 +221,10 @@ impl Vm {
     /// # Errors
     /// [`Error::Dead`] or [`Error::Monitor`].
     pub fn pause(&mut self) -> Result<(), Error> {
+        if matches!(self.agent, Address::Hybrid { .. }) {
+            // The end of a connection must not come after.
+            virtio::settle();
+        }
         self.monitored(Qmp::pause)?;
         self.paused = true;
         Ok(())
@@ -230,6 +272,7 @@ impl Vm {
     /// Gives ownership up: VM and directory stay, for whoever owns them now.
     pub fn let_go(self) {
         self.process.let_go();
+        self.attendants.into_iter().for_each(Attendant::let_go);
         self.dir.let_go();
     }
 }

@@ -7,6 +7,8 @@
 //!
 //! Source: messages captured from Kata 1.13 and 3.20 (tests/fixtures).
 
+mod kata;
+
 use std::path::{Path, PathBuf};
 
 use serde_derive::{Deserialize, Serialize};
@@ -14,10 +16,12 @@ use serde_json::{json, Value};
 
 use super::dir::VmDir;
 use super::ledger::Ledger;
-use super::{Error, Vm};
+use super::{Error, Vm, VmConfig};
 use crate::agent::address::Address;
+use crate::agent::seat::Way;
 use crate::config::Config;
-use crate::hypervisor::qemu::process::Process;
+use crate::process::attendant::Role;
+use crate::process::Process;
 use crate::proto::cache::GrpcVM;
 
 /// Longest `hypervisor` JSON taken from a server, in bytes.
@@ -56,6 +60,7 @@ pub fn to_wire(vm: &Vm, config: &Config) -> GrpcVM {
         })
         .collect();
     let most = config.max_cpus();
+    let virtiofsd = vm.attendant(Role::Virtiofsd).unwrap_or(0);
     let ours = Ours {
         agent_url: vm.agent.to_string(),
         pid: vm.pid(),
@@ -72,8 +77,8 @@ pub fn to_wire(vm: &Vm, config: &Config) -> GrpcVM {
             "HotpluggedMemory": 0,
             "UUID": vm.ledger.uuid,
             "HotplugVFIOOnRootBus": false,
-            "VirtiofsdPid": 0,
-            "VirtiofsDaemonPid": 0,
+            "VirtiofsdPid": virtiofsd,
+            "VirtiofsDaemonPid": virtiofsd,
             "PCIeRootPort": 0,
         },
         "NvdimmCount": 0,
@@ -86,17 +91,23 @@ pub fn to_wire(vm: &Vm, config: &Config) -> GrpcVM {
     GrpcVM {
         id: vm.id().to_string(),
         hypervisor: hypervisor.to_string().into_bytes(),
+        proxyPid: vm.attendant(Role::Proxy).unwrap_or(0).into(),
+        proxyURL: vm.agent.to_string(),
         cpu: vm.cpus(),
         memory: vm.memory_mib(),
         ..GrpcVM::default()
     }
 }
 
-/// A VM again, on the client's side, which owns it from here on.
+/// A VM again, on the client's side, which owns it from here on. `served` gives the
+/// server's VmConfig, for a VM that does not tell all itself: a stock Kata server's.
 ///
 /// # Errors
 /// [`Error::Adopt`] when the message makes no sense or QEMU is gone.
-pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
+pub fn from_wire(
+    message: &GrpcVM,
+    served: impl FnOnce() -> Result<VmConfig, String>,
+) -> Result<Vm, Error> {
     let id: String = message.id.chars().take(64).collect();
     let bad = |why: String| Error::Adopt { id: id.clone(), why };
     if message.hypervisor.len() > MAX_JSON {
@@ -104,25 +115,37 @@ pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
     }
     let read: Read = serde_json::from_slice(&message.hypervisor)
         .map_err(|e| bad(format!("its hypervisor JSON: {e}")))?;
-    let ours = read.ours.ok_or_else(|| {
-        bad("the server told neither QEMU's pid nor the agent's address; a stock Kata \
-             server's VMs are for Kata's own client"
-            .to_string())
-    })?;
     let dir = read.monitor.parent().filter(|d| d.is_absolute()).map(Path::to_path_buf);
     let dir = dir
         .filter(|d| d.file_name().is_some_and(|n| n == message.id.as_str()))
         .ok_or_else(|| bad(format!("monitor {:?} is not in its directory", read.monitor)))?;
-    let agent = Address::parse(&ours.agent_url).map_err(|e| bad(e.to_string()))?;
+    let Some(ours) = read.ours else {
+        let hypervisor: Value = serde_json::from_slice(&message.hypervisor)
+            .map_err(|e| bad(format!("its hypervisor JSON: {e}")))?;
+        return kata::adopt(message, &hypervisor, &dir, &served().map_err(bad)?);
+    };
     // Read before the pid is trusted: the ledger is root's, the message a peer's.
     let ledger =
         Ledger::read(&dir).map_err(|e| bad(format!("its ledger in {}: {e}", dir.display())))?;
     if (ledger.pid, ledger.start_time) != (ours.pid, ours.start_time) {
         return Err(bad(format!("its ledger names pid {}, the server {}", ledger.pid, ours.pid)));
     }
+    let agent = Address::parse(ledger.agent, &ours.agent_url).map_err(|e| bad(e.to_string()))?;
     let process = Process::adopt(ours.pid, ours.start_time)
         .map_err(|_| Error::Dead { id: id.clone(), pid: ours.pid })?;
-    Ok(Vm { process, dir: VmDir::adopt(&dir), ledger, agent, paused: ours.paused })
+    let attendants = ledger.adopt_attendants();
+    Ok(Vm { process, attendants, dir: VmDir::adopt(&dir), ledger, agent, paused: ours.paused })
+}
+
+/// A VM's directory; with it goes the one in which Kata's servers keep its proxy.
+fn directory(dir: &Path, id: &str, agent: &Address) -> VmDir {
+    let mut own = VmDir::adopt(dir);
+    if let Address::Proxy(socket) = agent {
+        if let Some(beside) = socket.parent().filter(|p| *p != dir && p.ends_with(id)) {
+            own.and(beside);
+        }
+    }
+    own
 }
 
 /// A VM of this host by its directory, for commands on VMs that were claimed.
@@ -132,8 +155,12 @@ pub fn from_wire(message: &GrpcVM) -> Result<Vm, Error> {
 pub fn from_directory(dir: &Path, ledger: Ledger) -> Result<Vm, Error> {
     let process = Process::adopt(ledger.pid, ledger.start_time)
         .map_err(|_| Error::Dead { id: ledger.id.clone(), pid: ledger.pid })?;
-    let agent = Address::of(ledger.agent, dir, ledger.cid);
-    Ok(Vm { process, dir: VmDir::adopt(dir), ledger, agent, paused: false })
+    let way = ledger.cid.map_or(Way::Serial, Way::Vsock);
+    let agent = Address::parse(ledger.agent, &ledger.agent_url)
+        .unwrap_or_else(|_| Address::of(ledger.agent, dir, way));
+    let attendants = ledger.adopt_attendants();
+    let dir = directory(dir, &ledger.id, &agent);
+    Ok(Vm { process, attendants, dir, ledger, agent, paused: false })
 }
 
 #[cfg(test)]
@@ -141,18 +168,32 @@ mod tests {
     use super::*;
     use protobuf::Message;
 
-    /// Messages of real Kata servers are understood, and refused for what they lack.
+    fn nothing() -> Result<VmConfig, String> {
+        Err("not asked".into())
+    }
+
+    /// Messages of real Kata servers are understood; these VMs are gone, or lack
+    /// what nobody can find out.
     #[test]
     fn katas_own_vms_are_refused_with_the_reason() {
-        let captured: [&[u8]; 2] = [
-            include_bytes!("../../tests/fixtures/kata-1.13/vm.pb"),
-            include_bytes!("../../tests/fixtures/kata-3.20/vm.pb"),
+        let captured: [(&[u8], &[u8], &str); 2] = [
+            (
+                include_bytes!("../../tests/fixtures/kata-1.13/vm.pb"),
+                include_bytes!("../../tests/fixtures/kata-1.13/config.Data.json"),
+                "read /run/vc/vm/79ccfa2e-79b8-4553-8cba-06470cf1b31c/pid",
+            ),
+            (
+                include_bytes!("../../tests/fixtures/kata-3.20/vm.pb"),
+                include_bytes!("../../tests/fixtures/kata-3.20/config.Data.json"),
+                "not in its directory",
+            ),
         ];
-        for bytes in captured {
+        for (bytes, data, why) in captured {
             let message = GrpcVM::parse_from_bytes(bytes).unwrap();
             assert_eq!(message.id.len(), 36);
-            let e = from_wire(&message).unwrap_err().to_string();
-            assert!(e.contains("stock Kata"), "{e}");
+            let served = || VmConfig::parse(data).map_err(|e| e.to_string());
+            let e = from_wire(&message, served).unwrap_err().to_string();
+            assert!(e.contains(why), "{e}");
         }
     }
 
@@ -170,10 +211,10 @@ mod tests {
             (format!(r#"{{"QmpChannelpath":"x/qmp.sock",{ours}}}"#), "not in its directory"),
             (format!(r#"{{"QmpChannelpath":"/v/x/qmp.sock",{ours}}}"#), "ledger"),
         ] {
-            let e = from_wire(&make(&json)).unwrap_err().to_string();
+            let e = from_wire(&make(&json), nothing).unwrap_err().to_string();
             assert!(e.contains(word), "{e}");
         }
-        let e = from_wire(&make(&" ".repeat(MAX_JSON + 1))).unwrap_err().to_string();
+        let e = from_wire(&make(&" ".repeat(MAX_JSON + 1)), nothing).unwrap_err().to_string();
         assert!(e.contains("over"), "{e}");
     }
 }

@@ -7,10 +7,13 @@
 //!
 //! Source: Kata's agent.proto; storage driver `blk`, whose source is a PCI path.
 
+use std::path::Path;
+
 use super::{Error, Guest, GUEST_ROOT, OWN_ROOT};
 use crate::proto::agent::Storage;
 use crate::proto::oci::Mount;
 use crate::proto::types::{IPAddress, IPFamily, Interface, Route};
+use crate::vm::attach::share::TAG;
 use crate::vm::attach::{Disk, Nic};
 
 /// Where resolvers are told.
@@ -28,6 +31,8 @@ pub enum Place {
 /// What was attached so far.
 #[derive(Default)]
 pub(super) struct Attached {
+    /// Below the command's root, for a directory of the host.
+    layers: Vec<Storage>,
     disks: Vec<(Storage, Place)>,
     nics: usize,
     routes: Vec<Route>,
@@ -50,13 +55,14 @@ impl Attached {
 
     /// What is to be mounted for a container with this root; the root first.
     pub fn storages(&self, root: &str) -> Vec<Storage> {
-        let mut out = Vec::new();
+        let mut out = self.layers.clone();
+        let bottom = out.len();
         for (storage, place) in &self.disks {
             let mut storage = storage.clone();
             match place {
                 Place::Root => {
-                    storage.mount_point = GUEST_ROOT.into();
-                    out.insert(0, storage);
+                    storage.mount_point = root.into();
+                    out.insert(bottom, storage);
                 }
                 Place::Directory(dir) => {
                     let root = if root == OWN_ROOT { "" } else { root };
@@ -80,7 +86,49 @@ pub(super) fn resolvers_mount() -> Mount {
     }
 }
 
+/// Where the guest sees a directory of the host, and what it writes above it.
+const LAYERS: &str = "/run/vmcache/layers";
+
 impl Guest {
+    /// Lets a directory of the host be the command's root, without copying it: the
+    /// guest sees it as it is, and keeps what it writes to itself. `daemon` is the
+    /// virtiofsd; `leased`, it ends with the calling thread.
+    ///
+    /// # Errors
+    /// [`Error::Attach`]; the VM is then of no use.
+    pub fn share_root(
+        &mut self,
+        directory: &Path,
+        daemon: &Path,
+        leased: bool,
+    ) -> Result<(), Error> {
+        self.vm.share(directory, daemon, "auto", leased).map_err(Error::Attach)?;
+        let lower = format!("{LAYERS}/lower");
+        self.attached.layers = vec![
+            Storage {
+                driver: "virtio-fs".into(),
+                source: TAG.into(),
+                fstype: "virtiofs".into(),
+                options: vec!["ro".into()],
+                mount_point: lower.clone(),
+                ..Storage::default()
+            },
+            Storage {
+                driver: "overlayfs".into(),
+                source: "overlay".into(),
+                fstype: "overlay".into(),
+                options: vec![
+                    format!("lowerdir={lower}"),
+                    format!("upperdir={LAYERS}/upper"),
+                    format!("workdir={LAYERS}/work"),
+                ],
+                mount_point: GUEST_ROOT.into(),
+                ..Storage::default()
+            },
+        ];
+        Ok(())
+    }
+
     /// Plugs a disk in, to be mounted when the next command is spawned. Its file
     /// system is found out by the guest.
     ///

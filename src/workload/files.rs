@@ -6,7 +6,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
 
 use super::running::CHUNK;
-use super::{Command, Error, Guest, Running, GUEST_ROOT};
+use super::{stock, Command, Error, Guest, Running, GUEST_ROOT};
 use crate::tree;
 use crate::vm::identity;
 use crate::worker::Worker;
@@ -23,6 +23,9 @@ const JOIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// # Errors
 /// When files can not be read here or written there.
 pub fn send_root(guest: &Guest, source: &Path) -> Result<(), Error> {
+    if !guest.vm().own_agent() {
+        return stock::send_root(guest, source);
+    }
     send(guest, GUEST_ROOT, &mut |out| {
         let meta = std::fs::metadata(source).map_err(|e| Error::Io {
             during: "read",

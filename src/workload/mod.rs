@@ -11,11 +11,13 @@ mod command;
 mod files;
 pub mod rehearsal;
 mod running;
+mod stock;
 
 use std::error;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,8 +30,10 @@ pub use running::{Running, StreamReader, StreamWriter};
 
 use attached::Attached;
 
-use crate::agent::{self, Agent, ProcessId};
-use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
+use crate::agent::{self, Agent, ListFormat, ProcessId};
+use crate::proto::agent::{
+    CreateContainerRequest, CreateSandboxRequest, StatsContainerResponse, Storage,
+};
 use crate::tree;
 use crate::vm::{attach, identity, Vm};
 
@@ -62,6 +66,8 @@ pub enum Error {
     Io { during: &'static str, path: PathBuf, source: io::Error },
     /// The guest's side of a copy failed.
     Copy { text: String },
+    /// The guest's agent runs nothing in its own root.
+    NeedsRoot,
     /// The guest could not be had to write out its disks before the VM's end.
     Unwritten { text: String },
 }
@@ -76,6 +82,10 @@ impl fmt::Display for Error {
             Error::Attach(e) => e.fmt(f),
             Error::Io { during, path, .. } => write!(f, "{during} {}", path.display()),
             Error::Copy { text } => write!(f, "copy files: {text}"),
+            Error::NeedsRoot => f.write_str(
+                "the guest's agent is not vmcache's own, and runs commands only in a root that is \
+                 brought along: use --rootfs DIR",
+            ),
             Error::Unwritten { text } => {
                 write!(f, "its disks may lack what the guest wrote last: {text}")
             }
@@ -139,12 +149,19 @@ pub struct Guest {
     agent: Arc<dyn Agent>,
     fallback: Option<String>,
     attached: Attached,
+    sandbox: AtomicBool,
 }
 
 impl Guest {
     /// A VM whose agent is connected.
     pub fn new(vm: Vm, agent: Box<dyn Agent>) -> Guest {
-        Guest { vm, agent: Arc::from(agent), fallback: None, attached: Attached::default() }
+        Guest {
+            vm,
+            agent: Arc::from(agent),
+            fallback: None,
+            attached: Attached::default(),
+            sandbox: AtomicBool::new(false),
+        }
     }
 
     /// The same, with the reason why it is not of the pool, if it is not.
@@ -182,7 +199,15 @@ impl Guest {
     /// # Errors
     /// As [`Guest::spawn`].
     pub fn spawn_in_root(&self, command: &Command) -> Result<Running, Error> {
-        self.spawn_in(command, MAIN, GUEST_ROOT)
+        self.spawn_in(command, MAIN, self.brought_root())
+    }
+
+    /// Where a root that was brought along is.
+    fn brought_root(&self) -> &'static str {
+        match self.vm.own_agent() {
+            true => GUEST_ROOT,
+            false => stock::ROOT,
+        }
     }
 
     fn spawn_in(&self, command: &Command, container: &str, root: &str) -> Result<Running, Error> {
@@ -192,6 +217,10 @@ impl Guest {
             disks: self.attached.disks(),
             resolvers: self.attached.resolvers() && root != OWN_ROOT,
         };
+        if !self.vm.own_agent() && note.root == OWN_ROOT {
+            return Err(Error::NeedsRoot);
+        }
+        self.start_sandbox()?;
         let path = self.vm.dir().join(NOTE);
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
         std::fs::write(&path, bytes).map_err(|source| Error::Io {
@@ -202,6 +231,27 @@ impl Guest {
         self.launch(command, &note, self.attached.storages(root))
     }
 
+    /// Sets up what containers share, unless that is done: before anything else, since
+    /// Kata's agents forget what was there.
+    fn start_sandbox(&self) -> Result<(), Error> {
+        let known = self.sandbox.swap(true, Ordering::SeqCst) || note(&self.vm).is_some();
+        // Kata's of 2.x and later would forget what containers they have.
+        if known && !self.vm.own_agent() {
+            return Ok(());
+        }
+        let sandbox = CreateSandboxRequest {
+            sandbox_id: self.vm.id().to_string(),
+            hostname: identity::host_name(self.vm.id()),
+            dns: self.attached.dns(),
+            ..CreateSandboxRequest::default()
+        };
+        match self.agent.start_sandbox(sandbox) {
+            Ok(()) => Ok(()),
+            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) => Ok(()),
+            Err(e) => Err(Error::Agent(e)),
+        }
+    }
+
     /// Makes a container as the note says and starts it.
     fn launch(
         &self,
@@ -209,19 +259,16 @@ impl Guest {
         note: &Note,
         storages: Vec<Storage>,
     ) -> Result<Running, Error> {
-        let sandbox = CreateSandboxRequest {
-            sandbox_id: self.vm.id().to_string(),
-            hostname: identity::host_name(self.vm.id()),
-            dns: self.attached.dns(),
-            ..CreateSandboxRequest::default()
-        };
-        match self.agent.create_sandbox(sandbox) {
-            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) | Ok(()) => {}
-            Err(e) => return Err(Error::Agent(e)),
+        if !self.vm.own_agent() && note.root == OWN_ROOT {
+            return Err(Error::NeedsRoot);
         }
+        self.start_sandbox()?;
         let mut spec = command.spec(&note.root);
         if note.resolvers {
             spec.Mounts.push(attached::resolvers_mount());
+        }
+        if !self.vm.own_agent() {
+            stock::adapt(&mut spec)?;
         }
         let container = &note.container;
         let request = CreateContainerRequest {
@@ -252,7 +299,11 @@ impl Guest {
         let Some(note) = note(&self.vm) else { return self.launch_beside(command, &name) };
         let id = ProcessId { container: note.container.clone(), exec: name.clone() };
         let anew = Note { container: name, ..note };
-        match self.agent.exec_process(&id, command.process()) {
+        let mut process = command.process();
+        if !self.vm.own_agent() {
+            stock::adapt_process(&mut process)?;
+        }
+        match self.agent.exec(&id, process) {
             Ok(()) => Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal())),
             // Its command has ended, or it is gone: the root is still there.
             Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
@@ -273,6 +324,33 @@ impl Guest {
         self.launch(command, &note, Vec::new())
     }
 
+    /// The container of which Kata's agents are asked; ours tells of all the guest
+    /// when it is asked of none.
+    fn observed(&self) -> String {
+        match self.vm.own_agent() {
+            true => String::new(),
+            false => note(&self.vm).map_or_else(|| MAIN.to_string(), |n| n.container),
+        }
+    }
+
+    /// What runs in the guest, or in the workload's container where its agent can
+    /// not tell of all.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn list_processes(&self, format: ListFormat, args: &[String]) -> Result<Vec<u8>, Error> {
+        let listed = self.agent.process_list_container(&self.observed(), format, args);
+        listed.map_err(Error::Agent)
+    }
+
+    /// What they use.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn stats(&self) -> Result<StatsContainerResponse, Error> {
+        self.agent.stats_container(&self.observed()).map_err(Error::Agent)
+    }
+
     /// Where the workload's root is in the guest.
     pub fn root(&self) -> String {
         note(&self.vm).map_or(OWN_ROOT.to_string(), |n| n.root)
@@ -283,7 +361,7 @@ impl Guest {
     /// # Errors
     /// The agent's.
     pub fn remove(&self, container: &str) -> Result<(), Error> {
-        self.agent.remove_container(container, Duration::from_secs(10)).map_err(Error::Agent)
+        self.agent.stop_container(container, Duration::from_secs(10)).map_err(Error::Agent)
     }
 
     /// Removes the workload's container, if it may go before the VM does: not
@@ -302,7 +380,7 @@ impl Guest {
     pub fn stop(self, patience: Duration) -> Result<(), Error> {
         let Some(note) = note(&self.vm).filter(|n| n.disks) else { return Ok(()) };
         self.agent
-            .remove_container(&note.container, patience)
+            .stop_container(&note.container, patience)
             .map_err(|e| Error::Unwritten { text: crate::report::chain(&e) })
     }
 

@@ -36,7 +36,7 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
     })?;
     let id = ProcessId { container: NAME.into(), exec: String::new() };
     let ran = agent.start_container(NAME).and_then(|()| agent.wait_process(&id, Some(RUNNING)));
-    let removed = agent.remove_container(NAME, REMOVAL);
+    let removed = agent.stop_container(NAME, REMOVAL);
     ran.and(removed)
 }
 
@@ -47,6 +47,6 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
 pub fn run_at(agent: &Address) -> Result<(), Error> {
     let agent = agent::connect(agent, ANSWER)?;
     let done = run(&*agent);
-    agent.leave();
+    agent.disconnect();
     done
 }

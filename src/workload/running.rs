@@ -72,7 +72,7 @@ impl Running {
     /// # Errors
     /// When it has none, or the agent can not be reached.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<(), Error> {
-        self.agent.resize_terminal(&self.id, rows.into(), columns.into()).map_err(Error::Agent)
+        self.agent.winsize_process(&self.id, rows.into(), columns.into()).map_err(Error::Agent)
     }
 }
 
@@ -97,7 +97,7 @@ impl Write for StreamWriter {
             return Ok(0);
         }
         let piece = &bytes[..bytes.len().min(CHUNK)];
-        let taken = self.agent.write_stdin(&self.id, piece.to_vec()).map_err(as_io)?;
+        let taken = self.agent.write_process_stdin(&self.id, piece.to_vec()).map_err(as_io)?;
         Ok((taken as usize).min(piece.len()))
     }
 
@@ -109,7 +109,7 @@ impl Write for StreamWriter {
 impl Drop for StreamWriter {
     fn drop(&mut self) {
         // It may have ended, and then there is nothing to close.
-        let _ = self.agent.close_stdin(&self.id);
+        let _ = self.agent.close_process_stdin(&self.id);
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use vmcache::agent::{Error, ProcessId, Stream};
+use vmcache::agent::{Error, ListFormat, ProcessId, Stream};
 use vmcache::config::Config;
 use vmcache::factory::{direct, Wanted};
 use vmcache::proto::agent::{CopyFileRequest, CreateContainerRequest, CreateSandboxRequest};
@@ -104,7 +104,7 @@ fn a_container_has_what_its_spec_says() {
     let guest = boot(&dir);
     let agent = guest.agent();
     agent
-        .create_sandbox(CreateSandboxRequest { sandbox_id: "s".into(), ..Default::default() })
+        .start_sandbox(CreateSandboxRequest { sandbox_id: "s".into(), ..Default::default() })
         .unwrap();
     let script = "hostname; pwd; ulimit -n; echo $$; grep CapEff /proc/self/status | cut -f2; \
                   grep NoNewPrivs /proc/self/status | cut -f2; touch /x 2>&1 | grep -c Read-only; \
@@ -147,22 +147,23 @@ fn a_container_has_what_its_spec_says() {
     // A further process, its input, a signal.
     let e = ProcessId { container: "c".into(), exec: "e".into() };
     let process = container_spec(&["sh", "-c", "read a; echo $a; read b; echo end"]).Process;
-    agent.exec_process(&e, process.unwrap()).unwrap();
-    assert_eq!(agent.write_stdin(&e, b"hello\n".to_vec()).unwrap(), 6);
+    agent.exec(&e, process.unwrap()).unwrap();
+    assert_eq!(agent.write_process_stdin(&e, b"hello\n".to_vec()).unwrap(), 6);
     assert_eq!(agent.read_stream(&e, Stream::Out, 100).unwrap(), b"hello\n");
-    agent.close_stdin(&e).unwrap();
+    agent.close_process_stdin(&e).unwrap();
     assert_eq!(agent.read_stream(&e, Stream::Out, 100).unwrap(), b"end\n");
     assert_eq!(agent.read_stream(&e, Stream::Err, 100).unwrap(), b"");
     assert_eq!(agent.wait_process(&e, None).unwrap(), 0);
     let pids: Vec<i32> =
-        serde_json::from_slice(&agent.list_processes("c", "json").unwrap()).unwrap();
+        serde_json::from_slice(&agent.process_list_container("c", ListFormat::Json, &[]).unwrap())
+            .unwrap();
     assert_eq!(pids.len(), 1);
     agent.signal_process(&c, 9).unwrap();
     assert_eq!(agent.wait_process(&c, None).unwrap(), 137);
-    agent.remove_container("c", Duration::from_secs(5)).unwrap();
+    agent.stop_container("c", Duration::from_secs(5)).unwrap();
     assert!(matches!(agent.stats_container("c"), Err(Error::Refused { .. })));
     assert!(output(&guest, &format!("ls -d {group} 2>&1")).contains("No such file"));
-    agent.destroy_sandbox().unwrap();
+    agent.stop_sandbox().unwrap();
     guest.stop(LONG).unwrap();
     assert_nothing_left(&dir.0);
 }

@@ -7,9 +7,13 @@
 //! | `wire`      | the four calls and their JSON, as Kata's clients see them |
 //! | `run`       | commands: streams, exit codes, signals, terminal, users, sizes |
 //! | `rootfs`    | a Debian root as a directory and as a tar |
+//! | `share`     | a root file system by virtio-fs; what serves a VM goes with it |
 //! | `attach`    | disks and network cards at claim time, and what is wrong with them |
 //! | `claimed`   | exec, cp, ps, stats, pause, resume, list, stop |
 //! | `guest`     | every agent call; four clients at once; a client that dies |
+//! | `conformance` | one walk through all that agents can do, over each transport |
+//! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
+//! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients, VMs and the server |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
@@ -27,16 +31,20 @@
 
 mod attach;
 mod claimed;
+mod conformance;
 mod daemon;
 mod deaths;
 mod faults;
 mod guest;
+mod interop;
+mod kata1;
 mod pool;
 mod readme;
 mod resize;
 mod resting;
 mod rootfs;
 mod run;
+mod share;
 mod template_place;
 mod templates;
 mod vsock;

@@ -79,7 +79,8 @@ fn every_clone_is_unique() {
                   /etc/machine-id /proc/sys/kernel/hostname";
     let mut seen = HashSet::new();
     for _ in 0..32 {
-        let mut vm = from_wire(&client.claim_raw(Some(LONG)).unwrap()).unwrap();
+        let mut vm =
+            from_wire(&client.claim_raw(Some(LONG)).unwrap(), || Err(String::new())).unwrap();
         let out = first_words(&mut vm, script);
         let mut own: Vec<String> = out.lines().map(str::to_string).collect();
         assert_eq!(own.len(), 4, "{out}");

@@ -50,7 +50,7 @@ fn the_four_calls_have_katas_shape() {
     assert!(!qmp.running().unwrap(), "a VM of the pool is paused");
     drop(qmp);
 
-    let mut vm = from_wire(&vm).unwrap();
+    let mut vm = from_wire(&vm, || Err(String::new())).unwrap();
     vm.wake().unwrap();
     vm.destroy();
     client.quit().unwrap();

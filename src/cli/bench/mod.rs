@@ -117,7 +117,7 @@ fn claims(server: &GrpcCache, n: usize, m: &mut Measured) -> Result<(), Failure>
             let start = Instant::now();
             let message = server.claim_raw(Some(FULL))?;
             m.claim.add(start.elapsed());
-            claimed.push(wire::from_wire(&message)?);
+            claimed.push(wire::from_wire(&message, || Err("no word of the agent".into()))?);
             if !config_first {
                 floor(server, m)?;
             }
@@ -186,7 +186,7 @@ fn burst(
             let start = Instant::now();
             let message = client.claim_raw(Some(FULL))?;
             let took = start.elapsed();
-            wire::from_wire(&message)?.destroy();
+            wire::from_wire(&message, || Err("no word of the agent".into()))?.destroy();
             Ok(took)
         };
         workers.push(Worker::spawn(&format!("vmc-client-{n}"), work).map_err(failed)?);

@@ -23,6 +23,7 @@ use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready};
 use super::watch::Watch;
 use crate::config::Config;
+use crate::process::attendant::Role;
 use crate::report::chain;
 use crate::sys::process::{pidfd_kill, random, stand_back};
 use crate::vm::boot::BootError;
@@ -47,6 +48,8 @@ enum Watched {
     Qemu(i32),
     /// The process that leases a VM, by QEMU's pid.
     Owner(i32),
+    /// What serves a VM beside QEMU, by QEMU's pid.
+    Attendant(i32, Role),
 }
 
 /// A VM being made.
@@ -59,6 +62,7 @@ struct Booting {
 /// A VM that was handed out; kept to reap it, and to end it with its owner.
 struct Handed {
     pidfd: OwnedFd,
+    attendants: Vec<OwnedFd>,
     dir: PathBuf,
     id: String,
     /// The watch on its owner, when it is leased.
@@ -269,6 +273,15 @@ impl Driver {
             }
             Err(e) => log::warn!("watch VM {}: {e}", vm.id()),
         }
+        for attendant in vm.attendants() {
+            match attendant.watch().and_then(|fd| self.watch.add(fd)) {
+                Ok(token) => {
+                    let watched = Watched::Attendant(vm.pid(), attendant.role());
+                    self.watched.insert(token, watched);
+                }
+                Err(e) => log::warn!("watch VM {}: {e}", vm.id()),
+            }
+        }
     }
 
     fn ended(&mut self, token: u64) {
@@ -277,6 +290,7 @@ impl Driver {
             Some(Watched::Owner(pid)) => self.end_lease(pid),
             Some(Watched::Qemu(pid)) if self.handed.contains_key(&pid) => self.handed_ended(pid),
             Some(Watched::Qemu(_)) => self.sweep_ready(),
+            Some(Watched::Attendant(pid, role)) => self.attendant_ended(pid, role),
             None => {}
         }
     }
@@ -288,7 +302,8 @@ impl Driver {
             if ready.vm.alive() {
                 let _ = self.ends.ready.try_send(ready);
             } else {
-                self.died(*ready, "is dead: QEMU has ended");
+                let lost = ready.vm.lost();
+                self.died(*ready, &format!("is dead: {lost}"));
             }
         }
     }

@@ -11,7 +11,7 @@ use super::pool::{Event, Job, Pool, Ready};
 use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::factory::template::Template;
-use crate::hypervisor::qemu::process::Process;
+use crate::process::Process;
 use crate::vm::boot::{boot, BootError, Purpose};
 use crate::vm::ledger::ClaimNote;
 use crate::vm::wire;

@@ -213,7 +213,10 @@ fn make(
     };
     let (memory, state) = (file().map_err(none)?, file().map_err(none)?);
     memory.set_len(u64::from(config.memory()) << 20).map_err(none)?;
-    let warm = |agent: &dyn Agent| {
+    let warm = |agent: &dyn Agent, own: bool| {
+        if !own {
+            return;
+        }
         // A guest without our agent's program: its clones merely start cold.
         if let Err(e) = rehearsal::run(agent) {
             log::info!("template-cold: its guest ran no command before: {}", chain(&e));

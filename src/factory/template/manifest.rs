@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 use serde_derive::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::agent;
+use crate::agent::seat::{Seat, Way};
 use crate::config::options::QEMU;
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 
 /// The file's name.
@@ -103,6 +105,14 @@ impl Parts {
             Ok(Part { sha256: digest.map_err(named)?, path })
         };
         let files: io::Result<Vec<Part>> = sources(config).into_iter().map(part).collect();
+        // What depends on the configuration alone: the addresses do not.
+        let way = match config.transport() {
+            Transport::Serial => Way::Serial,
+            Transport::Vsock => Way::Vsock(0),
+            Transport::VhostUserVsock => Way::HybridVsock,
+        };
+        let seat = Seat { dir: "/".into(), way };
+        let channels = agent::new(config.agent_kind).configure(&seat).map_err(io::Error::other)?;
         let names = Names {
             id: "",
             uuid: "",
@@ -110,7 +120,8 @@ impl Parts {
             monitor: 0,
             host_memory: crate::host::memory_mib(),
             memory: Memory::Own,
-            vsock: config.vsock().then_some((0, 0)),
+            channels: &channels,
+            vsock: matches!(way, Way::Vsock(_)).then_some(0),
         };
         let arguments = argv(config, &names);
         let arguments = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();

@@ -30,7 +30,7 @@ use place::Place;
 use super::{BaseFactory, Error, VmStatus};
 use crate::config::options::FACTORY;
 use crate::config::Config;
-use crate::hypervisor::qemu::process::Process;
+use crate::process::Process;
 use crate::vm::boot::{boot_clone, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
 

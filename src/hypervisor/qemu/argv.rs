@@ -8,11 +8,25 @@
 use std::ffi::OsString;
 use std::path::Path;
 
+use crate::agent::seat::Channel;
+use crate::agent::Kind;
 use crate::config::options::{OURS, QEMU};
-use crate::config::{Accel, Config, Machine};
+use crate::config::{Accel, Config, Machine, Transport};
 
 /// Serial ports for the agent: so many clients can talk to one VM at once.
 pub const AGENT_PORTS: usize = 4;
+
+/// By what a guest finds the directory that is shared with it: Kata's name.
+pub const SHARE_TAG: &str = "kataShared";
+
+/// Where the virtiofsd for it listens, in the VM's directory.
+pub const VIRTIOFS_SOCKET: &str = "fs.sock";
+
+/// That directory, in the VM's.
+pub const SHARED: &str = "shared";
+
+/// The id of a vsock device in user space.
+pub const VSOCK: &str = "vsock0";
 
 /// Where the host's huge pages are had.
 pub const HUGEPAGES: &str = "/dev/hugepages";
@@ -41,8 +55,10 @@ pub struct Names<'a> {
     pub host_memory: u64,
     /// Where its memory is.
     pub memory: Memory,
-    /// Its vsock address, and the number of the fd that reserves it.
-    pub vsock: Option<(u32, i32)>,
+    /// By what its agent is reached.
+    pub channels: &'a [Channel],
+    /// The number of the fd that reserves its vsock address.
+    pub vsock: Option<i32>,
 }
 
 /// Where a VM's memory is.
@@ -82,14 +98,10 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     let (memory, most) = (u64::from(c.memory()), n.host_memory.max(c.memory().into()));
     args.pair("-m", format!("{memory}M,slots={},maxmem={most}M", c.number(QEMU, "memory_slots")));
     bridges(c, &mut args);
-    serial(n.dir, &mut args);
+    serial(n, &mut args);
     disks_and_random(c, &mut args);
-    if let Some((cid, fd)) = n.vsock {
-        args.pair(
-            "-device",
-            format!("vhost-vsock-pci,vhostfd={fd},id=vsock-{cid},guest-cid={cid}"),
-        );
-    }
+    vsock(n, &mut args);
+    share(c, n, &mut args);
     // Never for shared memory: see `balloon`.
     if n.memory == Memory::Own && c.flag(QEMU, "reclaim_guest_freed_memory") {
         let device = "virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on";
@@ -110,7 +122,7 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         );
     }
-    args.pair("-object", backend(c, n.memory));
+    args.pair("-object", backend(c, n));
     args.pair("-numa", "node,memdev=dimm1");
     match n.memory {
         Memory::Clone { head: Some(fd), .. } => args.pair("-kernel", inherited(fd)),
@@ -189,24 +201,55 @@ fn bridges(c: &Config, args: &mut Args) {
 }
 
 /// Console, and the ports on which the agent listens.
-fn serial(dir: &Path, args: &mut Args) {
-    let dir = escaped(dir);
+fn serial(n: &Names<'_>, args: &mut Args) {
     args.pair("-device", "virtio-serial-pci,id=serial0");
     args.pair("-device", "virtconsole,chardev=charconsole0,id=console0");
-    args.pair(
-        "-chardev",
-        format!("socket,id=charconsole0,path={dir}/console.sock,server=on,wait=off"),
-    );
-    for i in 0..AGENT_PORTS {
-        args.pair(
-            "-device",
-            format!("virtserialport,chardev=charch{i},id=channel{i},name=agent.channel.{i}"),
-        );
-        args.pair(
-            "-chardev",
-            format!("socket,id=charch{i},path={dir}/agent.{i}.sock,server=on,wait=off"),
-        );
+    let console = escaped(&n.dir.join("console.sock"));
+    args.pair("-chardev", format!("socket,id=charconsole0,path={console},server=on,wait=off"));
+    let ports = n.channels.iter().filter_map(|c| match c {
+        Channel::Port { name, socket } => Some((name, socket)),
+        _ => None,
+    });
+    for (i, (name, socket)) in ports.enumerate() {
+        args.pair("-device", format!("virtserialport,chardev=charch{i},id=channel{i},name={name}"));
+        let path = escaped(socket);
+        args.pair("-chardev", format!("socket,id=charch{i},path={path},server=on,wait=off"));
     }
+}
+
+/// The vsock device, whoever carries it.
+fn vsock(n: &Names<'_>, args: &mut Args) {
+    for channel in n.channels {
+        match (channel, n.vsock) {
+            (Channel::Vsock { cid }, Some(fd)) => args.pair(
+                "-device",
+                format!("vhost-vsock-pci,vhostfd={fd},id=vsock-{cid},guest-cid={cid}"),
+            ),
+            (Channel::VhostUserVsock { socket }, _) => {
+                args.pair("-chardev", format!("socket,id=charvsock0,path={}", escaped(socket)));
+                args.pair("-device", format!("vhost-user-vsock-pci,chardev=charvsock0,id={VSOCK}"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The directory that QEMU itself serves to the guest, or a virtiofsd, by Kata's tag.
+fn share(c: &Config, n: &Names<'_>, args: &mut Args) {
+    if c.shares_virtiofs() {
+        let socket = escaped(&n.dir.join(VIRTIOFS_SOCKET));
+        args.pair("-chardev", format!("socket,id=char-virtiofs0,path={socket}"));
+        let device = format!("vhost-user-fs-pci,chardev=char-virtiofs0,tag={SHARE_TAG}");
+        args.pair("-device", device);
+    }
+    if !c.shares_9p() {
+        return;
+    }
+    let device = format!("virtio-9p-pci,fsdev=extra-9p-{SHARE_TAG},mount_tag={SHARE_TAG}");
+    args.pair("-device", device);
+    let path = escaped(&n.dir.join(SHARED));
+    let fsdev = "security_model=none,multidevs=remap";
+    args.pair("-fsdev", format!("local,id=extra-9p-{SHARE_TAG},path={path},{fsdev}"));
 }
 
 fn disks_and_random(c: &Config, args: &mut Args) {
@@ -223,9 +266,9 @@ fn inherited(fd: i32) -> String {
     format!("/proc/self/fd/{fd}")
 }
 
-fn backend(c: &Config, memory: Memory) -> String {
+fn backend(c: &Config, n: &Names<'_>) -> String {
     let size = c.memory();
-    let (file, share) = match memory {
+    let (file, share) = match n.memory {
         Memory::Own => (None, "on"),
         Memory::Template(fd) => (Some(fd), "on"),
         Memory::Clone { memory, .. } => (Some(memory), "off"),
@@ -237,6 +280,7 @@ fn backend(c: &Config, memory: Memory) -> String {
     let place =
         if c.flag(QEMU, "enable_hugepages") { HUGEPAGES } else { c.text(QEMU, "file_mem_backend") };
     let mut out = match place {
+        "" if c.shared_memory() => format!("memory-backend-memfd,id=dimm1,size={size}M,share=on"),
         "" => format!("memory-backend-ram,id=dimm1,size={size}M"),
         dir => {
             let dir = escaped(Path::new(dir));
@@ -256,6 +300,11 @@ fn append(c: &Config) -> String {
     if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
         out.push_str(" scsi_mod.scan=none");
     }
+    if c.agent_kind == Kind::Kata1 {
+        // Else an agent of 1.x looks for vsock first, for seconds.
+        let vsock = c.transport() == Transport::Vsock;
+        out.push_str(&format!(" agent.use_vsock={vsock}"));
+    }
     let more = c.text(QEMU, "kernel_params").trim();
     if !more.is_empty() {
         out.push(' ');
@@ -265,76 +314,4 @@ fn append(c: &Config) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn line(text: &str) -> String {
-        let config = Config::parse(Path::new("c.toml"), text).unwrap();
-        let names = Names {
-            id: "ID",
-            uuid: "UUID",
-            dir: Path::new("/run/vc/vm/ID"),
-            monitor: 9,
-            host_memory: 4096,
-            memory: Memory::Own,
-            vsock: Some((4_252_714_826, 4)),
-        };
-        let args: Vec<String> =
-            argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();
-        args.join(" ")
-    }
-
-    const BASE: &str = "[hypervisor.qemu]\nkernel = \"K\"\ninitrd = \"I\"\ndefault_memory = 256\n\
-                        default_maxvcpus = 2\n";
-
-    #[test]
-    fn a_kvm_q35_vm_has_katas_devices() {
-        let expected = "-name sandbox-ID,debug-threads=on -uuid UUID -machine q35,accel=kvm \
-            -cpu host -chardev socket,id=charqmp,fd=9,server=on,wait=off \
-            -mon chardev=charqmp,mode=control -m 256M,slots=10,maxmem=4096M \
-            -device pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,\
-            io-reserve=4k,mem-reserve=1m,pref64-reserve=1m -device virtio-serial-pci,id=serial0 \
-            -device virtconsole,chardev=charconsole0,id=console0 \
-            -chardev socket,id=charconsole0,path=/run/vc/vm/ID/console.sock,server=on,wait=off";
-        let got = line(BASE);
-        assert!(got.starts_with(expected), "{got}");
-        let end = "-vga none -no-user-config -nodefaults -nographic --no-reboot \
-            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
-            -object memory-backend-ram,id=dimm1,size=256M -numa node,memdev=dimm1 -kernel K \
-            -initrd I -append";
-        assert!(got.contains(end), "{got}");
-        assert!(got.ends_with("-smp 1,cores=1,threads=1,sockets=2,maxcpus=2"), "{got}");
-        let vsock = "-device vhost-vsock-pci,vhostfd=4,id=vsock-4252714826,guest-cid=4252714826 ";
-        assert!(got.contains(vsock), "{got}");
-        assert!(got.contains("name=agent.channel.3") && !got.contains("agent.channel.4"));
-    }
-
-    #[test]
-    fn options_find_their_place() {
-        let got = line(
-            "[hypervisor.qemu]\nmachine_type = \"pc\"\ncpu_features = \"pmu=off\"\n\
-             kernel_params = \"a=b\"\nblock_device_driver = \"virtio-blk\"\n\
-             machine_accelerators = \"nvdimm=off\"\nenable_hugepages = true\n\
-             enable_debug = true\nreclaim_guest_freed_memory = true\n[vmcache]\naccel = \"tcg\"\nsandbox = false\n",
-        );
-        for part in [
-            "-machine pc,accel=tcg,nvdimm=off -cpu max,pmu=off",
-            "pci-bridge,bus=pci.0,id=pci-bridge-0,chassis_nr=1,shpc=on,addr=2",
-            "memory-backend-file,id=dimm1,size=2048M,mem-path=/dev/hugepages,share=on,prealloc=on",
-            " debug panic=1 ",
-            "-device virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on",
-            " a=b -smp",
-        ] {
-            assert!(got.contains(part), "{part} in {got}");
-        }
-        assert!(!line(BASE).contains("balloon"));
-        for part in ["-sandbox", "scsi", "kvm-pit", "quiet"] {
-            assert!(!got.contains(part), "no {part} in {got}");
-        }
-    }
-
-    #[test]
-    fn a_comma_in_a_path_is_no_separator() {
-        assert_eq!(escaped(Path::new("/a,b")), "/a,,b");
-    }
-}
+mod tests;

@@ -14,6 +14,7 @@ use std::collections::HashSet;
 use std::error;
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use serde_json::{json, Value};
 
@@ -179,6 +180,22 @@ pub fn add_nic(qmp: &mut Qmp, link: &Link<'_>, mac: &str) -> Result<String, Erro
     let device = json!({
         "driver": "virtio-net-pci", "id": place.name("virtio-network"), "netdev": name,
         "mac": mac, "romfile": "",
+    });
+    place.add(qmp, device)?;
+    Ok(place.path())
+}
+
+/// Adds a directory that a virtiofsd serves on this socket; gives its PCI path.
+pub fn add_share(qmp: &mut Qmp, socket: &Path, tag: &str) -> Result<String, Error> {
+    let place = Place::find(qmp)?;
+    let chardev = place.name("charfs");
+    let address = json!({"type": "unix", "data": {"path": socket.display().to_string()}});
+    let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
+    let added = json!({"id": chardev, "backend": backend});
+    qmp.execute("chardev-add", Some(added), QUICK)?;
+    let device = json!({
+        "driver": "vhost-user-fs-pci", "id": place.name("virtiofs"), "chardev": chardev,
+        "tag": tag,
     });
     place.add(qmp, device)?;
     Ok(place.path())

@@ -78,6 +78,8 @@ impl From<qmp::Error> for Error {
 pub enum Backend {
     /// QEMU's own memory.
     Ram,
+    /// Memory that processes beside QEMU see, too.
+    Shared,
     /// Files in this directory.
     Files {
         /// The directory.
@@ -134,6 +136,10 @@ pub fn add_memory(qmp: &mut Qmp, mib: u32, backend: &Backend) -> Result<(), Erro
     let mut object = json!({
         "qom-type": "memory-backend-ram", "id": memory, "size": u64::from(mib) << 20,
     });
+    if *backend == Backend::Shared {
+        object["qom-type"] = "memory-backend-memfd".into();
+        object["share"] = true.into();
+    }
     if let Backend::Files { directory, prealloc } = backend {
         object["qom-type"] = "memory-backend-file".into();
         object["mem-path"] = directory.display().to_string().into();

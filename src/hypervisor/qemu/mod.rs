@@ -7,5 +7,5 @@ pub mod bzimage;
 pub mod devices;
 pub mod hotplug;
 pub mod migrate;
-pub mod process;
 pub mod qmp;
+pub mod virtio;

@@ -9,6 +9,7 @@
 
 pub mod disk;
 pub mod nic;
+pub mod share;
 
 use std::error;
 use std::fmt;
@@ -35,6 +36,8 @@ pub enum Error {
     Tap { name: String, netns: Option<PathBuf>, what: String, source: Option<io::Error> },
     /// Random bytes or a thread could not be had.
     Host { during: &'static str, source: io::Error },
+    /// The directory can not be shared.
+    Share { path: PathBuf, why: String },
     /// QEMU did not take it.
     Device { id: String, what: String, source: Box<devices::Error> },
 }
@@ -55,6 +58,7 @@ impl fmt::Display for Error {
                 write!(f, ": {what}")
             }
             Error::Host { during, .. } => f.write_str(during),
+            Error::Share { path, why } => write!(f, "share directory {}: {why}", path.display()),
             Error::Device { id, what, .. } => write!(f, "attach {what} to VM {id}"),
         }
     }
@@ -66,7 +70,7 @@ impl error::Error for Error {
             Error::Open { source, .. } | Error::Host { source, .. } => Some(source),
             Error::Tap { source, .. } => source.as_ref().map(|e| e as _),
             Error::Device { source, .. } => Some(source),
-            Error::Image { .. } => None,
+            Error::Image { .. } | Error::Share { .. } => None,
         }
     }
 }

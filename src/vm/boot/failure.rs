@@ -14,6 +14,8 @@ pub enum Phase {
     Template,
     /// The VM's directory, sockets and addresses.
     Directory,
+    /// A process beside QEMU that the VM needs.
+    Attendant,
     /// QEMU's process.
     Spawn,
     /// The greeting of QEMU's monitor.
@@ -33,6 +35,7 @@ impl fmt::Display for Phase {
         f.write_str(match self {
             Phase::Template => "there is no template to clone",
             Phase::Directory => "its directory could not be made",
+            Phase::Attendant => "a process beside QEMU could not be had",
             Phase::Spawn => "QEMU could not be started",
             Phase::Monitor => "QEMU's monitor did not answer",
             Phase::Guest => "the guest's agent did not answer",

@@ -1,15 +1,19 @@
 //! VMs that leave, and what becomes of them: delivered, leased, ended.
 
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::board::Seen;
 use super::super::pool::Delivered;
 use super::{Driver, Handed, Watched, KILL};
-use crate::hypervisor::qemu::process::reap;
-use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, start_time};
+use crate::process::attendant::Role;
+use crate::process::reap;
+use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
 use crate::vm::ledger::{Owner, State};
 use crate::vm::Vm;
+
+/// How long a killed attendant may take to be gone.
+const DYING: Duration = Duration::from_secs(1);
 
 impl Driver {
     pub(super) fn delivered(&mut self, vm: Delivered, waited: bool) {
@@ -58,9 +62,10 @@ impl Driver {
             }
         };
         let (dir, id) = (vm.dir().to_path_buf(), vm.id().to_string());
-        let alive = vm.alive();
+        let alive = pidfd_alive(pidfd.as_fd());
+        let attendants = vm.attendants().iter().filter_map(|a| a.watch().ok()).collect();
         vm.let_go();
-        self.handed.insert(pid, Handed { pidfd, dir, id, lease: None });
+        self.handed.insert(pid, Handed { pidfd, attendants, dir, id, lease: None });
         if !alive {
             return self.handed_ended(pid);
         }
@@ -105,6 +110,23 @@ impl Driver {
         vm.destroy();
     }
 
+    /// What a VM needs has ended: the VM is of no use to anybody.
+    pub(super) fn attendant_ended(&mut self, pid: i32, role: Role) {
+        let name = role.name();
+        if let Some(handed) = self.handed.get(&pid) {
+            // Its owner may have ended it, as Kata's runtime does with a proxy.
+            log::info!(
+                "attendant-ended: the {name} of VM {} (QEMU pid {pid}) has ended",
+                handed.id
+            );
+            return;
+        }
+        if self.pool.board.facts().vms.contains_key(&pid) {
+            log::warn!("attendant-ended: the {name} of QEMU pid {pid} has ended");
+            self.sweep_ready();
+        }
+    }
+
     /// A VM that was handed out has ended: no zombie and no directory stays.
     pub(super) fn handed_ended(&mut self, pid: i32) {
         self.forget(pid);
@@ -114,6 +136,12 @@ impl Driver {
                 self.watched.remove(&token);
             }
             reap(handed.pidfd.as_fd());
+            for attendant in &handed.attendants {
+                // Some end with their QEMU by themselves, and some do not.
+                let _ = pidfd_kill(attendant.as_fd(), KILL);
+                pidfd_wait(attendant.as_fd(), DYING);
+                reap(attendant.as_fd());
+            }
             drop(crate::vm::dir::VmDir::adopt(&handed.dir));
             log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.id);
         }

@@ -24,10 +24,11 @@ pub(super) struct Rest {
     thread: Option<Worker<()>>,
     rehearse: bool,
     pause: bool,
-    /// VMs that stand ready and run, by QEMU's pid, the oldest first.
-    awake: VecDeque<(i32, Address)>,
+    /// VMs that stand ready and run, by QEMU's pid, the oldest first; with where
+    /// their agents are, when they can rehearse.
+    awake: VecDeque<(i32, Option<Address>)>,
     /// The one whose task is under way.
-    busy: Option<(i32, Address)>,
+    busy: Option<i32>,
 }
 
 impl Rest {
@@ -63,11 +64,13 @@ impl Driver {
     /// A VM stands ready and runs: its turn will come.
     pub(super) fn let_rest(&mut self, ready: &Ready) {
         let pid = ready.vm.pid();
-        let known = self.rest.awake.iter().chain(&self.rest.busy).any(|(p, _)| *p == pid);
+        let known = self.rest.busy == Some(pid) || self.rest.awake.iter().any(|(p, _)| *p == pid);
         if known || ready.at_rest || !self.rest.wanted() {
             return;
         }
-        self.rest.awake.push_back((pid, ready.vm.agent_address().clone()));
+        let rehearses = self.rest.rehearse && ready.vm.own_agent();
+        let agent = rehearses.then(|| ready.vm.agent_address().clone());
+        self.rest.awake.push_back((pid, agent));
         if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
             seen.awake = true;
         }
@@ -91,10 +94,12 @@ impl Driver {
             if !ready {
                 continue;
             }
-            self.rest.busy = Some((pid, agent.clone()));
-            if !self.rest.rehearse {
+            self.rest.busy = Some(pid);
+            let Some(agent) = agent else {
                 self.rehearsed(pid, None);
-            } else if !self.rest.begin(Task::Rehearse { pid, agent }) {
+                continue;
+            };
+            if !self.rest.begin(Task::Rehearse { pid, agent }) {
                 // Its thread is gone: VMs stay as they are.
                 log::error!("the thread by which VMs come to rest has ended");
                 (self.rest.rehearse, self.rest.pause, self.rest.busy) = (false, false, None);
@@ -113,10 +118,9 @@ impl Driver {
         if !self.rest.pause {
             return self.at_rest(ready);
         }
-        let agent = ready.vm.agent_address().clone();
         self.pool.into_hands();
         if self.rest.begin(Task::Pause(ready)) {
-            self.rest.busy = Some((pid, agent));
+            self.rest.busy = Some(pid);
         } else {
             // Only when the thread is gone, and with it the VM: it was in the task.
             self.pool.out_of_hands();

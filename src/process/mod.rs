@@ -1,9 +1,12 @@
-//! A QEMU process: started in a session of its own, held by a pidfd.
+//! A process of a VM: QEMU, or one beside it ([`attendant`]). Started in a session
+//! of its own, held by a pidfd.
 //!
-//! Invariants: whoever holds a [`Process`] owns it; dropping it kills QEMU
-//! unless it was let go. QEMU's output goes to a pipe that never blocks it and
+//! Invariants: whoever holds a [`Process`] owns it; dropping it kills the process
+//! unless it was let go. Its output goes to a pipe that never blocks it and
 //! is read when it has died. This and `initrd` are the only callers of
 //! `Command::new`.
+
+pub mod attendant;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,14 +25,14 @@ use crate::sys::process::{
     own_session, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
 };
 
-/// Bytes of QEMU's output that an error carries, the last ones.
+/// Bytes of its output that an error carries, the last ones.
 pub const KEPT_OUTPUT: usize = 4096;
-/// How long a killed QEMU may take to be gone.
+/// How long a killed one may take to be gone.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 /// SIGKILL.
 const KILL: i32 = 9;
 
-/// Why QEMU could not be started.
+/// Why it could not be started.
 #[derive(Debug)]
 pub struct SpawnError {
     path: PathBuf,
@@ -38,7 +41,7 @@ pub struct SpawnError {
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "start QEMU {}", self.path.display())
+        write!(f, "start {}", self.path.display())
     }
 }
 
@@ -48,7 +51,7 @@ impl std::error::Error for SpawnError {
     }
 }
 
-/// A QEMU that this process started, or one that it took over.
+/// One that this process started, or one that it took over.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
@@ -60,24 +63,24 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts QEMU; it inherits the fds of `inherited` and no others. With `leased`, the
+    /// Starts a program; it inherits the fds of `inherited` and no others. With `leased`, the
     /// kernel kills it when the calling thread ends.
     ///
     /// # Errors
     /// When the executable can not be started.
-    #[allow(clippy::disallowed_methods)] // The one place where QEMU is started.
+    #[allow(clippy::disallowed_methods)] // The one place where they are started.
     pub fn spawn(
-        qemu: &Path,
+        program: &Path,
         args: &[OsString],
         inherited: &[BorrowedFd<'_>],
         leased: bool,
     ) -> Result<Process, SpawnError> {
-        let failed = |source: io::Error| SpawnError { path: qemu.to_path_buf(), source };
+        let failed = |source: io::Error| SpawnError { path: program.to_path_buf(), source };
         let (output, theirs) =
             pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
         // Our reading end may block; theirs must not, or a full pipe stops the VM.
         fcntl(&output, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| failed(e.into()))?;
-        let mut command = Command::new(qemu);
+        let mut command = Command::new(program);
         command.args(args).env_clear().current_dir("/").stdin(Stdio::null());
         command.stdout(theirs.try_clone().map_err(failed)?).stderr(Stdio::from(theirs));
         own_session(&mut command, inherited, leased);
@@ -96,7 +99,7 @@ impl Process {
         Ok(Process { pid, start_time, pidfd, output: Some(output), child: true, let_go: false })
     }
 
-    /// Takes over a QEMU that another process started.
+    /// Takes over one that another process started.
     ///
     /// # Errors
     /// When it is gone, or the pid now names another process.
@@ -131,7 +134,7 @@ impl Process {
         self.pidfd.try_clone()
     }
 
-    /// Gives ownership up: QEMU runs on when this is dropped.
+    /// Gives ownership up: it runs on when this is dropped.
     pub fn let_go(mut self) {
         self.let_go = true;
     }

@@ -1,0 +1,75 @@
+//! Options of Kata that change nothing of our VMs, but that its clients compare:
+//! kept so that they can be told ([`crate::vm::config`]).
+//!
+//! Their defaults are zero here; what Kata makes of one that is left out stands
+//! where its VmConfig is derived.
+
+use super::Fallback::{Flag, List, Number, Text};
+use super::{opt, Opt, AGENT, QEMU, RUNTIME};
+
+const NOTHING: &str = "";
+
+/// Each with its type.
+pub const OPTIONS: [Opt; 61] = [
+    opt(QEMU, "msize_9p", Number(0), NOTHING),
+    opt(QEMU, "memory_offset", Number(0), NOTHING),
+    opt(QEMU, "virtio_fs_cache_size", Number(0), NOTHING),
+    opt(QEMU, "virtio_fs_queue_size", Number(0), NOTHING),
+    opt(QEMU, "valid_hypervisor_paths", List(&[]), NOTHING),
+    opt(QEMU, "valid_virtio_fs_daemon_paths", List(&[]), NOTHING),
+    opt(QEMU, "virtio_fs_extra_args", List(&[]), NOTHING),
+    opt(QEMU, "virtio_fs_is_dax", Flag(false), NOTHING),
+    opt(QEMU, "pflashes", List(&[]), NOTHING),
+    opt(QEMU, "valid_file_mem_backends", List(&[]), NOTHING),
+    opt(QEMU, "valid_entropy_sources", List(&[]), NOTHING),
+    opt(QEMU, "block_device_cache_set", Flag(false), NOTHING),
+    opt(QEMU, "block_device_cache_direct", Flag(false), NOTHING),
+    opt(QEMU, "block_device_cache_noflush", Flag(false), NOTHING),
+    opt(QEMU, "enable_virtio_mem", Flag(false), NOTHING),
+    opt(QEMU, "enable_iommu", Flag(false), NOTHING),
+    opt(QEMU, "enable_iommu_platform", Flag(false), NOTHING),
+    opt(QEMU, "disable_nesting_checks", Flag(false), NOTHING),
+    opt(QEMU, "use_vsock", Flag(false), NOTHING),
+    opt(QEMU, "disable_image_nvdimm", Flag(false), NOTHING),
+    opt(QEMU, "hotplug_vfio_on_root_bus", Flag(false), NOTHING),
+    opt(QEMU, "pcie_root_port", Number(0), NOTHING),
+    opt(QEMU, "pcie_switch_port", Number(0), NOTHING),
+    opt(QEMU, "enable_vhost_user_store", Flag(false), NOTHING),
+    opt(QEMU, "vhost_user_store_path", Text(""), NOTHING),
+    opt(QEMU, "valid_vhost_user_store_paths", List(&[]), NOTHING),
+    opt(QEMU, "vhost_user_reconnect_timeout_sec", Number(0), NOTHING),
+    opt(QEMU, "guest_hook_path", Text(""), NOTHING),
+    opt(QEMU, "enable_annotations", List(&[]), NOTHING),
+    opt(QEMU, "rootfs_type", Text(""), NOTHING),
+    opt(QEMU, "firmware_volume", Text(""), NOTHING),
+    opt(QEMU, "default_maxmemory", Number(0), NOTHING),
+    opt(QEMU, "block_device_aio", Text(""), NOTHING),
+    opt(QEMU, "guest_memory_dump_path", Text(""), NOTHING),
+    opt(QEMU, "guest_memory_dump_paging", Flag(false), NOTHING),
+    opt(QEMU, "seccompsandbox", Text(""), NOTHING),
+    opt(QEMU, "snp_id_block", Text(""), NOTHING),
+    opt(QEMU, "snp_id_auth", Text(""), NOTHING),
+    opt(QEMU, "snp_guest_policy", Number(0), NOTHING),
+    opt(QEMU, "rx_rate_limiter_max_rate", Number(0), NOTHING),
+    opt(QEMU, "tx_rate_limiter_max_rate", Number(0), NOTHING),
+    opt(QEMU, "hot_plug_vfio", Text(""), NOTHING),
+    opt(QEMU, "cold_plug_vfio", Text(""), NOTHING),
+    opt(QEMU, "hypervisor_loglevel", Number(0), NOTHING),
+    opt(QEMU, "confidential_guest", Flag(false), NOTHING),
+    opt(QEMU, "sev_snp_guest", Flag(false), NOTHING),
+    opt(QEMU, "enable_guest_swap", Flag(false), NOTHING),
+    opt(QEMU, "rootless", Flag(false), NOTHING),
+    opt(QEMU, "disable_selinux", Flag(false), NOTHING),
+    opt(QEMU, "disable_guest_selinux", Flag(false), NOTHING),
+    opt(QEMU, "use_legacy_serial", Flag(false), NOTHING),
+    opt(QEMU, "extra_monitor_socket", Text(""), NOTHING),
+    opt(QEMU, "tdx_quote_generation_service_socket_port", Number(0), NOTHING),
+    opt(AGENT, "enable_tracing", Flag(false), NOTHING),
+    opt(AGENT, "trace_mode", Text(""), NOTHING),
+    opt(AGENT, "trace_type", Text(""), NOTHING),
+    opt(AGENT, "dial_timeout", Number(0), NOTHING),
+    opt(AGENT, "cdh_api_timeout", Number(0), NOTHING),
+    opt(AGENT, "debug_console_enabled", Flag(false), NOTHING),
+    opt(AGENT, "container_pipe_size", Number(0), NOTHING),
+    opt(RUNTIME, "enable_debug", Flag(false), NOTHING),
+];

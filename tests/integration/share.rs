@@ -1,0 +1,91 @@
+//! Directories of the host in guests: virtio-fs, with Debian's virtiofsd.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde_json::Value;
+use vmcache::factory::grpccache::GrpcCache;
+use vmcache::vm::wire::from_wire;
+
+use crate::daemon::{assert_nothing_left, text, wait_for, Daemon, Options, LONG};
+use crate::require_qemu;
+
+/// In Debian 12's qemu-system-common.
+const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+
+fn options(prepared: &Path, pool: usize) -> Options {
+    assert!(Path::new(VIRTIOFSD).exists(), "no {VIRTIOFSD}: use tests/run");
+    let mut options = Options::pool(prepared, pool);
+    options.more_qemu = format!("shared_fs = \"virtio-fs\"\nvirtio_fs_daemon = {VIRTIOFSD:?}\n");
+    options
+}
+
+/// Processes of a program whose command lines name a directory.
+fn serving(dir: &Path) -> Vec<i32> {
+    let mut out = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = text(&line);
+        if line.starts_with(VIRTIOFSD) && line.contains(&dir.display().to_string()) {
+            out.push(pid);
+        }
+    }
+    out
+}
+
+#[test]
+fn a_root_is_seen_and_not_copied_and_stays_as_it_is() {
+    let prepared = require_qemu!();
+    let root = prepared.join("debian");
+    let mut options = options(&prepared, 1);
+    options.memory = 512;
+    let d = Daemon::start(&options);
+    let before = fs::metadata(root.join("etc")).unwrap().mtime();
+    let script = "grep -c ^Package: /var/lib/dpkg/status; perl -e 'print 6*7, qq(\\n)'; \
+                  echo new > /etc/new && cat /etc/new; rm /etc/passwd && echo removed; \
+                  grep -c '^overlay / ' /proc/mounts";
+    let root_text = root.to_str().unwrap();
+    let out =
+        d.output(&["run", "--memory", "768", "--rootfs", root_text, "--", "sh", "-c", script]);
+    let packages = fs::read_to_string(root.join("var/lib/dpkg/status")).unwrap();
+    let packages = packages.lines().filter(|l| l.starts_with("Package: ")).count();
+    let want = format!("{packages}\n42\nnew\nremoved\n1\n");
+    let said = (out.status.code(), text(&out.stdout));
+    assert_eq!(said, (Some(0), want), "{}{}", text(&out.stderr), d.log());
+    assert!(root.join("etc/passwd").exists() && !root.join("etc/new").exists());
+    assert_eq!(fs::metadata(root.join("etc")).unwrap().mtime(), before);
+    let dir = d.quit();
+    wait_for("the end of virtiofsd", || serving(&dir.0).is_empty());
+    assert_nothing_left(&dir.0);
+}
+
+#[test]
+fn a_vm_goes_with_what_serves_it_and_the_other_way_round() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&options(&prepared, 1));
+    d.wait_rest(1);
+    assert!(!serving(&d.store()).is_empty());
+    // One that loses its file server is of no use to anybody.
+    for pid in serving(&d.store()) {
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+    }
+    d.wait_log("vm-died", 1);
+    d.wait_ready(1);
+    // A Kata client is told its pid; the VM's end is its own.
+    let client = GrpcCache::connect(&d.socket()).unwrap();
+    let message = client.claim_raw(Some(LONG)).unwrap();
+    let json: Value = serde_json::from_slice(&message.hypervisor).unwrap();
+    let told = json["State"]["VirtiofsDaemonPid"].as_i64().unwrap() as i32;
+    let vm = from_wire(&message, || Err(String::new())).unwrap();
+    let own = serving(vm.dir());
+    assert!(own.contains(&told), "{told} of {own:?}");
+    let dir = vm.dir().to_path_buf();
+    vm.destroy();
+    wait_for("the end of its virtiofsd", || serving(&dir).is_empty());
+    assert_nothing_left(&d.quit().0);
+}
