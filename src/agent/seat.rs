@@ -94,6 +94,11 @@ pub(super) fn make_share(path: PathBuf) -> Outcome<PathBuf> {
 /// them where they come from.
 pub(super) fn remove_share(path: &Path) -> Outcome<()> {
     let failed = |source| Error::Host { during: "remove a sandbox's shared directory", source };
+    let path = &match path.canonicalize() {
+        Ok(real) => real,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+    };
     let table = fs::read_to_string("/proc/self/mounts").map_err(failed)?;
     let mounted =
         table.lines().filter_map(|l| l.split(' ').nth(1)).any(|m| Path::new(m).starts_with(path));

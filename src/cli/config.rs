@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::args::{Common, ConfigCommand};
-use super::output::{Failure, FAILED};
+use super::output::{Failure, FAILED, USAGE};
 use super::Outcome;
 use crate::config::served::Served;
 use crate::config::{markdown, show, Config};
@@ -39,6 +39,10 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
 
 /// Takes over what another server tells its clients, to the letter.
 fn import(endpoint: &Path, output: &Path) -> Outcome {
+    if output.exists() {
+        let text = format!("{} exists: name another, or remove it", output.display());
+        return Err(Failure::new(USAGE, text));
+    }
     let server = GrpcCache::connect(endpoint)?;
     let message = server.fetch_config_raw()?;
     let pool = server.fetch_status()?.vmstatus.len().max(1);

@@ -19,6 +19,7 @@ use super::run::exit_code;
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
 use crate::vm::dir::VmDir;
+use crate::vm::ledger::Ledger;
 use crate::worker::{self, Worker};
 use crate::workload::{self, Running, StreamReader};
 
@@ -134,6 +135,8 @@ fn on_signal(signal: Signal, stage: &mut Stage) {
         let _ = pidfd_kill(qemu.as_fd(), Signal::SIGKILL as i32);
         // Until it is gone, it can still make sockets in its directory.
         pidfd_wait(qemu.as_fd(), GRACE);
+        // What served it goes, too.
+        drop(Ledger::read(&dir).map(|ledger| ledger.adopt_attendants()));
         drop(VmDir::adopt(&dir));
     }
     std::process::exit(128 + signal as i32);

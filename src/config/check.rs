@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
-use super::options::{AGENT, FACTORY, OURS, QEMU};
+use super::options::{AGENT, FACTORY, OURS, PROXY, QEMU};
 use super::raw::Raw;
 use super::served::Served;
 use super::{Accel, Config, Error, Machine, Transport, MAX_POOL, MAX_SOCKET_PATH};
@@ -283,6 +283,17 @@ impl Config {
                            /usr/lib/qemu/virtiofsd), or set shared_fs = \"none\"";
                 return Err(wrong(QEMU, "virtio_fs_daemon", daemon, why.to_string()));
             }
+        }
+        let missing = |table: &'static str, key: &'static str| {
+            let path = Path::new(self.text(table, key));
+            let there = path.as_os_str().is_empty() || path.is_file();
+            (!there).then(|| wrong(table, key, path, "is no file".to_string()))
+        };
+        if self.agent_kind == Kind::Kata1 {
+            missing(PROXY, "path").map_or(Ok(()), Err)?;
+        }
+        if self.transport() == Transport::VhostUserVsock && self.vsock_sockets().is_none() {
+            missing(OURS, "vsock_device").map_or(Ok(()), Err)?;
         }
         let (kernel, initrd) = (self.kernel(), self.initrd());
         let head = head_of(&kernel)

@@ -240,8 +240,16 @@ impl BaseFactory for GrpcCache {
     }
 
     fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, super::Error> {
+        let served = self.fetch_config().map_err(super::Error::Cache)?;
+        // One of ours can serve another's word, and has a call that others have not.
+        if !served.is_ours() && self.fetch_details().is_err() {
+            wire::check_server(&served).map_err(|why| {
+                let endpoint = self.endpoint.clone();
+                super::Error::Cache(Error::Answer { endpoint, call: "Config", why })
+            })?;
+        }
         let message = self.claim_raw(within).map_err(super::Error::Cache)?;
-        let served = || self.fetch_config().map_err(|e| crate::report::chain(&e));
+        let served = || Ok(served);
         wire::from_wire(&message, served).map_err(super::Error::Vm)
     }
 

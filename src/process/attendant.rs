@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
@@ -56,7 +56,7 @@ pub struct Attendant {
 }
 
 impl Attendant {
-    /// Starts one. With `leased`, the kernel kills it when the calling thread ends.
+    /// Starts one, which inherits `inherited`. With `leased`, the kernel kills it when the calling thread ends.
     ///
     /// # Errors
     /// When the executable can not be started.
@@ -64,9 +64,10 @@ impl Attendant {
         role: Role,
         program: &Path,
         args: &[OsString],
+        inherited: &[BorrowedFd<'_>],
         leased: bool,
     ) -> Result<Attendant, SpawnError> {
-        Ok(Attendant { role, process: Process::spawn(program, args, &[], leased)? })
+        Ok(Attendant { role, process: Process::spawn(program, args, inherited, leased)? })
     }
 
     /// Takes over one that a ledger names; `None` when it has ended.
@@ -102,6 +103,12 @@ impl Attendant {
     /// As dup(2).
     pub fn watch(&self) -> io::Result<OwnedFd> {
         self.process.watch()
+    }
+
+    /// Whether it bears such a name: an argument that is, or begins with it and a
+    /// comma.
+    pub fn is_named(&self, name: &str) -> bool {
+        self.process.is_named(name)
     }
 
     /// How it ended and what it wrote last; only when it has ended.

@@ -29,6 +29,8 @@ use crate::sys::process::{
 pub const KEPT_OUTPUT: usize = 4096;
 /// How long a killed one may take to be gone.
 const KILL_WAIT: Duration = Duration::from_secs(5);
+/// Longest command line looked at, in bytes.
+const MAX_LINE: u64 = 64 * 1024;
 /// SIGKILL.
 const KILL: i32 = 9;
 
@@ -83,7 +85,10 @@ impl Process {
         let mut command = Command::new(program);
         command.args(args).env_clear().current_dir("/").stdin(Stdio::null());
         command.stdout(theirs.try_clone().map_err(failed)?).stderr(Stdio::from(theirs));
-        own_session(&mut command, inherited, leased);
+        // It has the reading end, too: when this process is gone, what it writes goes
+        // nowhere, and does not end it.
+        let kept: Vec<_> = inherited.iter().copied().chain([output.as_fd()]).collect();
+        own_session(&mut command, &kept, leased);
         let mut child = command.spawn().map_err(failed)?;
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -109,6 +114,19 @@ impl Process {
             return Err(io::Error::other(format!("pid {pid} is another process now")));
         }
         Ok(Process { pid, start_time: started, pidfd, output: None, child: false, let_go: false })
+    }
+
+    /// Whether it bears such a name: an argument that is, or begins with it and a
+    /// comma. Asked of the process that is held, so that a pid that is used anew
+    /// answers for nobody.
+    pub fn is_named(&self, name: &str) -> bool {
+        let file = fs::File::open(format!("/proc/{}/cmdline", self.pid));
+        let mut line = Vec::new();
+        let read = file.and_then(|f| f.take(MAX_LINE).read_to_end(&mut line));
+        let named = line.split(|b| *b == 0).any(|word| {
+            word.strip_prefix(name.as_bytes()).is_some_and(|rest| matches!(rest, [] | [b',', ..]))
+        });
+        read.is_ok() && named && self.alive()
     }
 
     /// Its pid.

@@ -15,6 +15,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::agent::address::PROXY_SOCKET;
+use crate::agent::kata::VHOST_SOCKET;
+use crate::hypervisor::qemu::argv::SHARED;
 use crate::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
@@ -47,6 +50,7 @@ pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
                 drop(unrecorded(&ledger.id));
             }
             drop(ledger.adopt_attendants());
+            drop(unrecorded_attendants(&path));
             drop(VmDir::adopt(&path));
         }
     }
@@ -81,6 +85,8 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
             }
             return Some(vm);
         }
+        drop(Ledger::read(path).map(|ledger| ledger.adopt_attendants()));
+        drop(unrecorded_attendants(path));
         drop(VmDir::adopt(path));
         return None;
     }
@@ -96,6 +102,7 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
         pid => drop(Process::adopt(pid, ledger.start_time)),
     }
     drop(ledger.adopt_attendants());
+    drop(unrecorded_attendants(path));
     drop(VmDir::adopt(path));
     None
 }
@@ -108,12 +115,31 @@ fn unrecorded(id: &str) -> Option<Process> {
         let mut words = line.split(|b| *b == 0).skip_while(|w| *w != b"-name");
         words.nth(1).is_some_and(|w| w.split(|b| *b == b',').next() == Some(name.as_bytes()))
     };
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+    running(&named).pop()
+}
+
+/// What served a VM, likewise: known by what it was told to serve or to listen on,
+/// which lies in that VM's directory.
+fn unrecorded_attendants(dir: &Path) -> Vec<Process> {
+    let dir = dir.display();
+    let sockets = [
+        format!("{dir}/{VHOST_SOCKET}"),
+        format!("source={dir}/{SHARED}"),
+        format!("unix://{dir}/{PROXY_SOCKET}"),
+    ];
+    running(&|line| line.split(|b| *b == 0).any(|w| sockets.iter().any(|s| s.as_bytes() == w)))
+}
+
+/// The processes with such a command line.
+fn running(wanted: &dyn Fn(&[u8]) -> bool) -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let found = entries.filter_map(|entry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let started = start_time(pid)?;
         let line = fs::read(entry.path().join("cmdline")).ok()?;
-        named(&line).then(|| Process::adopt(pid, started).ok()).flatten()
-    })
+        wanted(&line).then(|| Process::adopt(pid, started).ok()).flatten()
+    });
+    found.collect()
 }
 
 #[cfg(test)]
@@ -139,6 +165,27 @@ mod tests {
         let found = found.unwrap();
         assert_eq!(found.pid(), child.id() as i32);
         drop(found);
+        assert!(!child.wait().unwrap().success());
+    }
+
+    /// One that stands in for a virtiofsd, likewise.
+    #[test]
+    #[allow(clippy::disallowed_methods)] // No VM is needed to be served like one.
+    fn what_served_a_vm_is_found_by_its_socket() {
+        let dir = std::path::PathBuf::from(format!("/nonexistent/{}", std::process::id()));
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", "sleep 60; :", "x"])
+            .arg(format!("source={}/shared", dir.display()))
+            .spawn()
+            .unwrap();
+        let found = (0..100).find_map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let mut all = unrecorded_attendants(&dir);
+            all.retain(|p| p.pid() == child.id() as i32);
+            all.pop()
+        });
+        assert!(unrecorded_attendants(&dir.join("other")).is_empty());
+        drop(found.unwrap());
         assert!(!child.wait().unwrap().success());
     }
 }

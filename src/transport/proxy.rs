@@ -27,6 +27,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{select, Receiver};
 
@@ -35,6 +36,8 @@ use crate::worker::{self, Worker};
 
 /// Bytes that are moved at once.
 const CHUNK: usize = 16 * 1024;
+/// Until another try, when a connection could not be had for want of something.
+const AGAIN: Duration = Duration::from_millis(100);
 /// Longest line of the guest's console that is logged whole, in bytes.
 const MAX_LINE: u64 = 4096;
 
@@ -139,8 +142,12 @@ fn accept(listener: &UnixListener, session: &Session) {
     for client in listener.incoming() {
         let client = match client {
             Ok(client) => client,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return log::error!("accept a connection: {e}"),
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
+            Err(e) => {
+                log::warn!("accept a connection: {e}");
+                let _ = crossbeam_channel::after(AGAIN).recv();
+                continue;
+            }
         };
         let started = session.open().and_then(|stream| carry(client, stream));
         match started {
@@ -188,7 +195,9 @@ fn log_console(console: UnixStream) -> Result<(), Error> {
         let mut lines = BufReader::new(console);
         let mut line = Vec::new();
         while let Ok(1..) = (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line) {
-            log::info!("source=agent {}", String::from_utf8_lossy(&line).trim_end());
+            let text: String =
+                String::from_utf8_lossy(&line).chars().filter(|c| !c.is_control()).collect();
+            log::info!("source=agent {text}");
             line.clear();
         }
     })
@@ -200,7 +209,6 @@ fn log_console(console: UnixStream) -> Result<(), Error> {
 mod tests {
     use super::*;
     use crossbeam_channel::bounded;
-    use std::time::Duration;
 
     const SOON: Duration = Duration::from_secs(10);
 

@@ -6,6 +6,7 @@
 
 mod attend;
 mod failure;
+mod guest;
 
 use std::error;
 use std::fs::File;
@@ -17,20 +18,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use attend::Seated;
 pub use failure::{BootError, Phase};
 
-use super::console::Console;
 use super::dir::VmDir;
 use super::identity;
 use super::ledger::{Ledger, Owner, State};
 use super::Vm;
-use crate::agent::address::Address;
-use crate::agent::{self, Agent};
+use crate::agent::Agent;
 use crate::config::options::QEMU;
 use crate::config::Config;
 use crate::host;
-use crate::hypervisor::qemu::argv::{argv, Memory, Names, VSOCK};
+use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 use crate::hypervisor::qemu::balloon;
+use crate::hypervisor::qemu::migrate;
 use crate::hypervisor::qemu::qmp::Qmp;
-use crate::hypervisor::qemu::{migrate, virtio};
 use crate::process::attendant::Attendant;
 use crate::process::Process;
 
@@ -236,6 +235,9 @@ impl Spawned {
         let attendants = attend::before_qemu(config, &channels, dir.path(), leased, clock.left());
         let attendants = attendants.map_err(|e| early(&id, Phase::Attendant, e))?;
         ledger.attendants = attendants.iter().map(Attendant::record).collect();
+        if !attendants.is_empty() {
+            ledger.write(dir.path()).map_err(directory)?;
+        }
         // Bound before QEMU starts, so there is no wait for it to appear.
         let monitor = UnixListener::bind(dir.monitor()).map_err(directory)?;
         let names = Names {
@@ -318,60 +320,6 @@ impl Connected {
             Ok(()) => Ok(self),
             Err(e) => Err(self.spawned.failed(Phase::State, e.into(), "")),
         }
-    }
-
-    fn await_guest(mut self, config: &Config) -> Result<Booted, BootError> {
-        if let Err(e) = self.attend(config) {
-            return Err(self.spawned.failed(Phase::Attendant, e, ""));
-        }
-        let console = Console::open(&self.spawned.dir);
-        let answered = self.answer();
-        let console = console.map(Console::close).unwrap_or_default();
-        match answered {
-            Ok(()) => Ok(Booted { connected: self }),
-            Err(e) => Err(self.spawned.failed(Phase::Guest, e, &console)),
-        }
-    }
-
-    /// Starts what needs QEMU to run, and writes it down.
-    fn attend(&mut self, config: &Config) -> Result<(), Source> {
-        let spawned = &mut self.spawned;
-        if !matches!(spawned.agent.address(), Address::Proxy(_)) {
-            return Ok(());
-        }
-        let leased = spawned.ledger.owner.is_some_and(|o| o.lease);
-        let command = attend::proxy(config, &spawned.ledger.id, leased)?;
-        if let Some(mut proxy) = spawned.agent.start_proxy(&command)? {
-            let within = spawned.clock.left();
-            attend::await_proxy(&mut proxy, spawned.agent.address(), within)?;
-            spawned.attendants.push(proxy);
-            spawned.ledger.attendants = spawned.attendants.iter().map(Attendant::record).collect();
-            spawned.ledger.write(spawned.dir.path())?;
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self) -> Result<(), Source> {
-        let Connected { spawned, monitor } = self;
-        let (agent, clock) = (&spawned.agent, spawned.clock);
-        if matches!(agent.address(), Address::Hybrid { .. }) {
-            virtio::await_driver(monitor, VSOCK, clock.left())?;
-        }
-        let ask = || {
-            agent.connect(clock.left(), true)?;
-            agent.check(clock.left())
-        };
-        match ask() {
-            // A clone's guest may hear only now that its connections are another's, and end
-            // this one with them.
-            Err(agent::Error::Call { .. }) if spawned.process.alive() => {
-                agent.disconnect();
-                ask()?;
-            }
-            other => other?,
-        }
-        spawned.ledger.own_agent = identity::is_own(&**agent)?;
-        Ok(())
     }
 }
 

@@ -75,17 +75,17 @@ impl VmDir {
 
 /// A mount below a directory; also when it can not be known that there is none.
 fn mounted_below(path: &Path) -> Option<PathBuf> {
-    if !path.join(SHARED).exists() {
-        // Nobody mounts anything elsewhere in it.
-        return None;
-    }
-    let Ok(real) = path.canonicalize() else { return None };
+    let real = match path.canonicalize() {
+        Ok(real) => real,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return None,
+        Err(_) => return Some(path.to_path_buf()),
+    };
     match fs::read_to_string("/proc/self/mounts") {
         Ok(table) => table
             .lines()
             .filter_map(|line| line.split(' ').nth(1))
-            // The table writes blanks in octal; our names have none.
-            .map(PathBuf::from)
+            // The table writes a blank so.
+            .map(|place| PathBuf::from(place.replace("\\040", " ")))
             .find(|place| place.starts_with(&real)),
         Err(_) => Some(real),
     }
@@ -106,7 +106,8 @@ impl Drop for VmDir {
         }
         // A runtime may have left a root file system mounted there: what is removed
         // then is somebody's files.
-        if let Some(place) = mounted_below(&self.path) {
+        let all = self.more.iter().chain([&self.path]);
+        if let Some(place) = all.into_iter().find_map(|dir| mounted_below(dir)) {
             log::error!(
                 "the VM directory {} is left: {} is mounted in it",
                 self.path.display(),

@@ -27,6 +27,10 @@ const NOTE: &str = "claim";
 /// Where a client that made its VM larger writes the new size. A file of its
 /// own, since the server writes the ledger, perhaps at the same time.
 const SIZE: &str = "size";
+/// Where whoever owns a VM notes what it has started to serve it; likewise.
+const SERVED: &str = "served";
+/// Largest of those notes, in bytes.
+const MAX_SERVED: u64 = 4096;
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -162,6 +166,7 @@ impl Ledger {
         let mut bytes = Vec::new();
         fs::File::open(dir.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
         let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        ledger.attendants.extend(read_served(dir));
         if let Some((cpus, memory)) = read_size(dir) {
             (ledger.cpus, ledger.memory_mib) = (cpus, memory);
         }
@@ -174,6 +179,20 @@ impl Ledger {
             return Err(io::Error::other(format!("it is the ledger of VM {:?}", ledger.id)));
         }
         Ok(ledger)
+    }
+
+    /// Records that a process serves the VM that was not there when it was made.
+    ///
+    /// # Errors
+    /// As the file system's.
+    pub fn serve(&mut self, dir: &Path, record: Record) -> io::Result<()> {
+        let mut all = read_served(dir);
+        all.push(record);
+        let temporary = dir.join("served.new");
+        fs::write(&temporary, serde_json::to_vec(&all).map_err(io::Error::other)?)?;
+        fs::rename(&temporary, dir.join(SERVED))?;
+        self.attendants.push(record);
+        Ok(())
     }
 
     /// Those of its attendants that run; whoever calls this owns them.
@@ -189,6 +208,16 @@ impl Ledger {
             entries.filter_map(|e| Ledger::read(&e.path()).ok().map(|l| (e.path(), l))).collect();
         found.sort_by_key(|(_, l)| (l.created, l.pid));
         found
+    }
+}
+
+fn read_served(dir: &Path) -> Vec<Record> {
+    let mut bytes = Vec::new();
+    let read =
+        fs::File::open(dir.join(SERVED)).and_then(|f| f.take(MAX_SERVED).read_to_end(&mut bytes));
+    match read {
+        Ok(_) => serde_json::from_slice(&bytes).unwrap_or_default(),
+        Err(_) => Vec::new(),
     }
 }
 
@@ -275,11 +304,13 @@ mod tests {
         let read = Ledger::read(&vm).unwrap();
         assert_eq!((read.state, read.owner), (State::Handing, Some(owner)));
         let mut mine = Ledger::read(&vm).unwrap();
+        mine.serve(&vm, Record { role: Role::Virtiofsd, pid: 10, start_time: 11 }).unwrap();
         mine.resize(&vm, 3, 768).unwrap();
         // The server's own copy knows nothing of it, and takes nothing back.
         ledger.write(&vm).unwrap();
         let read = Ledger::read(&vm).unwrap();
         assert_eq!((read.cpus, read.memory_mib), (3, 768));
+        assert_eq!(read.attendants.iter().map(|a| a.pid).collect::<Vec<_>>(), [8, 10]);
         fs::rename(&vm, dir.join("b")).unwrap();
         assert!(Ledger::read(&dir.join("b")).is_err());
         fs::write(dir.join("b").join(FILE), b"{").unwrap();

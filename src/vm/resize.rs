@@ -59,7 +59,7 @@ impl error::Error for Unfit {}
 /// # Errors
 /// [`Unfit`], the first limit that is in the way.
 pub fn check(base: &VmConfig, cpus: Option<u32>, memory: Option<u32>) -> Result<(), Unfit> {
-    let (have, most) = (base.cpus(), base.number("DefaultMaxVCPUs"));
+    let (have, most) = (base.cpus(), base.max_cpus());
     if let Some(wanted) = cpus {
         if wanted < have {
             return Err(Unfit::Smaller { unit: "CPUs", wanted, have });

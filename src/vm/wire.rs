@@ -24,6 +24,8 @@ use crate::process::attendant::Role;
 use crate::process::Process;
 use crate::proto::cache::GrpcVM;
 
+/// Where Kata's servers keep what is beside a VM.
+const KATA_SANDBOXES: &str = "/run/vc/sbs";
 /// Longest `hypervisor` JSON taken from a server, in bytes.
 const MAX_JSON: usize = 256 * 1024;
 
@@ -137,12 +139,27 @@ pub fn from_wire(
     Ok(Vm { process, attendants, dir: VmDir::adopt(&dir), ledger, agent, paused: ours.paused })
 }
 
+/// Whether a VM of a server can be used, by what the server says of all of them; a
+/// VM that is claimed and can not would be nobody's.
+///
+/// # Errors
+/// A sentence.
+pub fn check_server(served: &VmConfig) -> Result<(), String> {
+    match served.is_ours() {
+        true => Ok(()),
+        false => kata::check_server(served),
+    }
+}
+
 /// A VM's directory; with it goes the one in which Kata's servers keep its proxy.
 fn directory(dir: &Path, id: &str, agent: &Address) -> VmDir {
     let mut own = VmDir::adopt(dir);
+    // Nothing that a peer says names any other directory.
+    let uuid = id.len() == 36 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     if let Address::Proxy(socket) = agent {
-        if let Some(beside) = socket.parent().filter(|p| *p != dir && p.ends_with(id)) {
-            own.and(beside);
+        let beside = Path::new(KATA_SANDBOXES).join(id);
+        if uuid && socket.parent() == Some(&beside) {
+            own.and(&beside);
         }
     }
     own

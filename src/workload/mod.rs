@@ -30,7 +30,7 @@ pub use running::{Running, StreamReader, StreamWriter};
 
 use attached::Attached;
 
-use crate::agent::{self, Agent, ListFormat, ProcessId};
+use crate::agent::{self, Agent, Kind, ListFormat, ProcessId};
 use crate::proto::agent::{
     CreateContainerRequest, CreateSandboxRequest, StatsContainerResponse, Storage,
 };
@@ -217,9 +217,7 @@ impl Guest {
             disks: self.attached.disks(),
             resolvers: self.attached.resolvers() && root != OWN_ROOT,
         };
-        if !self.vm.own_agent() && note.root == OWN_ROOT {
-            return Err(Error::NeedsRoot);
-        }
+        self.rooted(&note)?;
         self.start_sandbox()?;
         let path = self.vm.dir().join(NOTE);
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
@@ -229,6 +227,15 @@ impl Guest {
             source,
         })?;
         self.launch(command, &note, self.attached.storages(root))
+    }
+
+    /// Whether a command can run in that root.
+    fn rooted(&self, note: &Note) -> Result<(), Error> {
+        let katas = !self.vm.own_agent() && self.agent.kind() != Kind::Noop;
+        match katas && note.root == OWN_ROOT {
+            true => Err(Error::NeedsRoot),
+            false => Ok(()),
+        }
     }
 
     /// Sets up what containers share, unless that is done: before anything else, since
@@ -259,9 +266,7 @@ impl Guest {
         note: &Note,
         storages: Vec<Storage>,
     ) -> Result<Running, Error> {
-        if !self.vm.own_agent() && note.root == OWN_ROOT {
-            return Err(Error::NeedsRoot);
-        }
+        self.rooted(note)?;
         self.start_sandbox()?;
         let mut spec = command.spec(&note.root);
         if note.resolvers {

@@ -121,10 +121,11 @@ fn send(guest: &Guest, path: &Path, target: &Path) -> Result<(), Error> {
     let mut offset = 0;
     loop {
         let mut data = Vec::new();
-        (&mut file).take(PIECE).read_to_end(&mut data).map_err(failed)?;
+        (&mut file).take(PIECE.min(meta.len() - offset)).read_to_end(&mut data).map_err(failed)?;
         let n = data.len() as u64;
-        if n == 0 && offset > 0 {
-            return Ok(());
+        if n == 0 && offset < meta.len() {
+            let text = format!("{} became shorter while it was copied", path.display());
+            return Err(Error::Copy { text });
         }
         let (file_size, at) = (meta.len() as i64, offset as i64);
         copy(CopyFileRequest { file_size, offset: at, data, ..request.clone() })?;

@@ -57,7 +57,8 @@ fn a_root_is_seen_and_not_copied_and_stays_as_it_is() {
     assert!(root.join("etc/passwd").exists() && !root.join("etc/new").exists());
     assert_eq!(fs::metadata(root.join("etc")).unwrap().mtime(), before);
     let dir = d.quit();
-    wait_for("the end of virtiofsd", || serving(&dir.0).is_empty());
+    let gone = || serving(&dir.0).is_empty() && serving(&root).is_empty();
+    wait_for("the end of virtiofsd", gone);
     assert_nothing_left(&dir.0);
 }
 

@@ -16,22 +16,27 @@
 //!
 //! Source: hyperstart 1.1.0 (API 4244), src/event.c and src/init.c.
 
+mod readers;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::frames::{control, read_control, read_stream, stream, Code, FromGuest, PIECE};
-use super::messages::{Event, Sequences};
+use super::frames::{control, stream, Code, PIECE};
+use super::messages::Sequences;
 use crate::transport::{self, socket};
 use crate::worker::{Error as ThreadError, Worker};
+use readers::{read_bytes, read_commands};
 
 /// Bytes of one stream that wait for their reader.
 pub const KEPT: usize = 1024 * 1024;
+/// How long QEMU may take no bytes.
+const WRITING: Duration = Duration::from_secs(30);
 /// Processes whose streams or ends are remembered.
 pub const MAX_PROCESSES: usize = 1024;
 
@@ -78,7 +83,10 @@ struct State {
     answer: Option<Result<Vec<u8>, Vec<u8>>>,
     processes: HashMap<Key, Process>,
     streams: HashMap<u64, VecDeque<u8>>,
+    /// Why no more commands can be given.
     broken: Option<String>,
+    /// Why no more bytes come. An answer that is on its way still does.
+    stream_ended: Option<String>,
 }
 
 impl State {
@@ -202,6 +210,9 @@ impl Session {
     pub fn over(control: UnixStream, stream: UnixStream) -> Result<Session, ThreadError> {
         let failed = |source| ThreadError::Start { name: "vmc-hyper-ctl".into(), source };
         let shared = Arc::new(Shared { state: Mutex::new(State::default()), news: Condvar::new() });
+        for channel in [&control, &stream] {
+            channel.set_write_timeout(Some(WRITING)).map_err(failed)?;
+        }
         let mut from = control.try_clone().map_err(failed)?;
         let theirs = Arc::clone(&shared);
         Worker::spawn("vmc-hyper-ctl", move || read_commands(&theirs, &mut from))?;
@@ -253,6 +264,8 @@ impl Session {
         deadline: Instant,
     ) -> Result<Vec<u8>, Error> {
         let left = || Some(deadline.saturating_duration_since(Instant::now()));
+        // One that nobody asked for is nobody's.
+        self.shared.change(|s| s.answer = None);
         for piece in message.chunks(PIECE) {
             self.shared.until(left(), "NEXT", |s| (s.unread == 0).then_some(()))?;
             self.shared.change(|s| s.unread += piece.len());
@@ -340,7 +353,7 @@ impl Session {
     pub fn wait(&self, key: &Key, within: Option<Duration>) -> Result<i32, Error> {
         self.shared.until(within, "end of the process", |s| match s.processes.get(key) {
             None => Some(Err(Error::Refused("no such process".into()))),
-            Some(p) => p.code.filter(|_| p.streams_ended).map(Ok),
+            Some(p) => p.code.filter(|_| p.streams_ended || s.stream_ended.is_some()).map(Ok),
         })?
     }
 
@@ -364,72 +377,13 @@ impl Session {
             match s.streams.get_mut(&sequence) {
                 Some(kept) if !kept.is_empty() => {
                     let n = kept.len().min(most);
-                    Some(kept.drain(..n).collect())
+                    Some(Ok(kept.drain(..n).collect()))
                 }
-                _ => ended.then(Vec::new),
+                _ if ended => Some(Ok(Vec::new())),
+                _ => s.stream_ended.clone().map(|why| Err(Error::Broken(why))),
             }
-        })?;
+        })??;
         self.shared.news.notify_all();
         Ok(bytes)
-    }
-}
-
-fn read_commands(shared: &Shared, from: &mut impl Read) {
-    loop {
-        match read_control(from) {
-            Ok(FromGuest::Ready) => shared.change(|s| s.ready = true),
-            Ok(FromGuest::Next(n)) => {
-                shared.change(|s| s.unread = s.unread.saturating_sub(n as usize));
-            }
-            Ok(FromGuest::Ack(payload)) => shared.change(|s| s.answer = Some(Ok(payload))),
-            Ok(FromGuest::Error(payload)) => shared.change(|s| s.answer = Some(Err(payload))),
-            Ok(FromGuest::Event(payload)) => shared.change(|s| ended(s, &payload)),
-            Ok(FromGuest::Unknown(code)) => {
-                log::warn!("hyperstart sent a message of unknown type {code}");
-            }
-            Err(e) => return shared.broke(&format!("hyperstart's control channel ended: {e}")),
-        }
-    }
-}
-
-fn ended(state: &mut State, payload: &[u8]) {
-    let Ok(event) = serde_json::from_slice::<Event>(payload) else {
-        return log::warn!("hyperstart sent an event that is no JSON");
-    };
-    let key = Key { container: event.container, process: event.process };
-    if let Some(process) = state.processes.get_mut(&key).filter(|_| event.event == "finished") {
-        process.code = Some(event.status);
-    }
-}
-
-fn read_bytes(shared: &Shared, from: &mut impl Read) {
-    loop {
-        let (sequence, data) = match read_stream(from) {
-            Ok(frame) => frame,
-            Err(e) => return shared.broke(&format!("hyperstart's stream channel ended: {e}")),
-        };
-        if data.is_empty() {
-            shared.change(|s| {
-                let mut all = s.processes.values_mut();
-                let of = all.find(|p| p.sequences.is_some_and(|q| q.stdio == sequence));
-                if let Some(process) = of {
-                    process.streams_ended = true;
-                }
-            });
-            continue;
-        }
-        let mut state = shared.lock();
-        while state.streams.get(&sequence).is_some_and(|kept| kept.len() + data.len() > KEPT) {
-            if state.broken.is_some() {
-                return;
-            }
-            state = shared.wait(state);
-        }
-        // Of a process that nobody asks about any more: nowhere.
-        if let Some(kept) = state.streams.get_mut(&sequence) {
-            kept.extend(&data);
-        }
-        drop(state);
-        shared.news.notify_all();
     }
 }

@@ -7,15 +7,17 @@
 //!
 //! Source: agent.proto and health.proto of Kata's agent 1.13, and its server.
 
-use std::net::Shutdown;
+mod connection;
+
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, RpcStatusCode};
-use protobuf::Enum;
 use ttrpc::Code;
+
+pub use connection::Connection;
+use connection::{endless, failed, nothing, quick, within};
 
 use super::super::address::Address;
 use super::super::link::{Link, Slot};
@@ -24,88 +26,14 @@ use super::super::{Agent, Error, Kind, ListFormat, Outcome, ProcessId, PS_ARGS};
 use super::{version_1, ANSWERING, CALL, CAPABILITIES, MUX_SOCKET};
 use crate::process::attendant::{Attendant, Role};
 use crate::proto::agent::*;
-use crate::proto::agent_grpc::AgentServiceClient;
 use crate::proto::health::CheckRequest;
-use crate::proto::health_grpc::HealthClient;
 use crate::proto::oci::{LinuxResources, Process};
 use crate::proto::types::{Interface, Route};
-use crate::sys::rpc::channel_over;
-
-/// Largest answer taken, in bytes; agents of 1.x take 4 MiB themselves.
-const MAX_ANSWER: i32 = 4 * 1024 * 1024;
-
-/// A connection to an agent.
-pub struct Connection {
-    agent: AgentServiceClient,
-    health: HealthClient,
-    stream: UnixStream,
-    // Last, so that its threads outlive the channel.
-    _environment: Arc<Environment>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // Whoever waits for an answer is told.
-        let _ = self.stream.shutdown(Shutdown::Both);
-    }
-}
-
-impl Connection {
-    fn over(stream: UnixStream) -> Outcome<Connection> {
-        let failed = |source| Error::Host { during: "use a connection to an agent", source };
-        let kept = stream.try_clone().map_err(failed)?;
-        let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
-        // No keepalive: the agent's server ends connections that ping.
-        let builder = ChannelBuilder::new(Arc::clone(&environment))
-            .max_receive_message_len(MAX_ANSWER)
-            .http2_bdp_probe(false);
-        let channel = channel_over(builder, "vmcache", stream).map_err(failed)?;
-        Ok(Connection {
-            agent: AgentServiceClient::new(channel.clone()),
-            health: HealthClient::new(channel),
-            stream: kept,
-            _environment: environment,
-        })
-    }
-}
 
 /// An agent of 1.x.
 pub struct Kata1Agent {
     address: Address,
     slot: Slot<Connection>,
-}
-
-fn failed(call: &'static str, e: grpcio::Error) -> Error {
-    match e {
-        grpcio::Error::RpcFailure(status) => match status.code() {
-            RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { call },
-            RpcStatusCode::DEADLINE_EXCEEDED
-            | RpcStatusCode::UNAVAILABLE
-            | RpcStatusCode::CANCELLED => Error::Call { call, text: status.message().to_string() },
-            code => {
-                let code = Code::from_i32(code.into()).unwrap_or(Code::UNKNOWN);
-                Error::Refused { call, code, text: status.message().to_string() }
-            }
-        },
-        other => Error::Call { call, text: other.to_string() },
-    }
-}
-
-fn quick() -> CallOption {
-    within(CALL)
-}
-
-fn within(time: Duration) -> CallOption {
-    CallOption::default().timeout(time)
-}
-
-/// No deadline: for what waits on a process.
-fn endless() -> CallOption {
-    CallOption::default()
-}
-
-fn nothing<T>(call: &'static str, r: grpcio::Result<T>) -> Outcome<()> {
-    r.map(|_| ()).map_err(|e| failed(call, e))
 }
 
 /// Agents of 1.x know a container's own process by its container's name, which is
@@ -194,7 +122,7 @@ impl Agent for Kata1Agent {
             args.extend(["-log".into(), "debug".into(), "-agent-logs-socket".into(), console]);
         }
         let args: Vec<_> = args.into_iter().map(Into::into).collect();
-        let started = Attendant::start(Role::Proxy, &command.program, &args, command.leased);
+        let started = Attendant::start(Role::Proxy, &command.program, &args, &[], command.leased);
         started.map(Some).map_err(|e| Error::Host {
             during: "start the proxy to the agent",
             source: std::io::Error::other(e),

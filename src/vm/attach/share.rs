@@ -9,7 +9,9 @@
 //! Does not: keep the guest from writing there: who mounts it in the guest does.
 
 use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,20 +22,37 @@ use super::Error;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
 
-/// How long a virtiofsd may take to listen.
-const LISTENING: Duration = Duration::from_secs(10);
 /// Pause between looks for its socket.
 const RETRY: Duration = Duration::from_millis(5);
 /// The tag by which the guest finds the directory.
 pub const TAG: &str = "vmcacheRoot";
 
-/// A virtiofsd's arguments: those that the one in C and the one in Rust share.
-pub fn virtiofsd(socket: &Path, directory: &Path, cache: &str) -> Vec<OsString> {
-    let mut path = OsString::from("--socket-path=");
-    path.push(socket);
+/// Starts a virtiofsd, by what the one in C and the one in Rust share. It gets a
+/// socket that listens already, so nobody waits for it, and the one in C, which else
+/// leaves a file for each of its sockets, none.
+///
+/// # Errors
+/// A sentence.
+pub fn virtiofsd(
+    program: &Path,
+    socket: &Path,
+    directory: &Path,
+    cache: &str,
+    leased: bool,
+) -> Result<Attendant, String> {
+    let listener =
+        UnixListener::bind(socket).map_err(|e| format!("listen on {}: {e}", socket.display()))?;
     let mut source = OsString::from("source=");
     source.push(directory);
-    vec![path, "-o".into(), source, "-o".into(), format!("cache={cache}").into()]
+    let args = [
+        format!("--fd={}", listener.as_raw_fd()).into(),
+        "-o".into(),
+        source,
+        "-o".into(),
+        format!("cache={cache}").into(),
+    ];
+    Attendant::start(Role::Virtiofsd, program, &args, &[listener.as_fd()], leased)
+        .map_err(|e| crate::report::chain(&e))
 }
 
 /// Waits for a process's socket. To connect would be to be its one client.
@@ -71,13 +90,10 @@ impl Vm {
         let failed = |why: String| Error::Share { path: directory.to_path_buf(), why };
         let socket: PathBuf = self.dir.path().join("root.sock");
         let real = directory.canonicalize().map_err(|e| failed(e.to_string()))?;
-        let args = virtiofsd(&socket, &real, cache);
-        let mut server = Attendant::start(Role::Virtiofsd, daemon, &args, leased)
-            .map_err(|e| failed(crate::report::chain(&e)))?;
-        listening(&mut server, &socket, LISTENING).map_err(failed)?;
+        let server = virtiofsd(daemon, &socket, &real, cache, leased).map_err(failed)?;
+        let record = server.record();
         self.attendants.push(server);
-        let all: Vec<_> = self.attendants.iter().map(Attendant::record).collect();
-        self.record(|ledger| ledger.attendants = all).map_err(|e| failed(e.to_string()))?;
+        self.ledger.serve(self.dir.path(), record).map_err(|e| failed(e.to_string()))?;
         let what = || format!("directory {}", directory.display());
         self.plug(&what, |qmp| devices::add_share(qmp, &socket, TAG)).map(|_| ())
     }

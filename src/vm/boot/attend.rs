@@ -22,6 +22,8 @@ use crate::vm::attach::share::{listening, virtiofsd};
 
 /// Our program's name.
 const OWN: &str = "vmcache";
+/// How long one may take to listen.
+const LISTENING: Duration = Duration::from_secs(10);
 /// The address of every guest whose vsock a process carries: each such process
 /// knows one guest only.
 const OWN_CID: u32 = 3;
@@ -84,8 +86,8 @@ pub fn before_qemu(
             "--uds-path".into(),
             dir.join(HYBRID_SOCKET).into_os_string(),
         ];
-        let mut device = Attendant::start(Role::Vsock, &device, &args, leased)?;
-        listening(&mut device, socket, within)?;
+        let mut device = Attendant::start(Role::Vsock, &device, &args, &[], leased)?;
+        listening(&mut device, socket, within.min(LISTENING))?;
         out.push(device);
     }
     if config.shares_virtiofs() {
@@ -94,10 +96,8 @@ pub fn before_qemu(
             "" => "auto",
             given => given,
         };
-        let args = virtiofsd(&socket, &dir.join(SHARED), cache);
         let program = PathBuf::from(config.text(QEMU, "virtio_fs_daemon"));
-        let mut server = Attendant::start(Role::Virtiofsd, &program, &args, leased)?;
-        listening(&mut server, &socket, within)?;
+        let server = virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased)?;
         out.push(server);
     }
     Ok(out)
@@ -122,7 +122,7 @@ pub fn await_proxy(
     within: Duration,
 ) -> Result<(), Source> {
     match address {
-        Address::Proxy(socket) => Ok(listening(proxy, socket, within)?),
+        Address::Proxy(socket) => Ok(listening(proxy, socket, within.min(LISTENING))?),
         _ => Ok(()),
     }
 }

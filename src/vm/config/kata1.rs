@@ -53,9 +53,10 @@ fn sizes_and_paths(keys: &mut Keys<'_>) {
     keys.put("NumVCPUs", c.cpus());
     keys.most_cpus(host::cpus().into());
     keys.number("MemorySize", "default_memory", 2048);
-    keys.number("DefaultBridges", "default_bridges", 1);
+    // As our VMs have it: Kata takes 0 for 1 bridge, and for 10 slots.
+    keys.put("DefaultBridges", c.number(QEMU, "default_bridges"));
     keys.number("Msize9p", "msize_9p", 8192);
-    keys.number("MemSlots", "memory_slots", 10);
+    keys.put("MemSlots", c.number(QEMU, "memory_slots"));
     keys.number("MemOffset", "memory_offset", 0);
     keys.number("VirtioFSCacheSize", "virtio_fs_cache_size", 0);
     keys.kernel_params(&agent_params(c), words);

@@ -130,9 +130,10 @@ fn limits(keys: &mut Keys<'_>) {
     keys.put("MemorySize", c.memory());
     let (there, wanted) = (host::memory_mib(), c.number(QEMU, "default_maxmemory"));
     keys.put("DefaultMaxMemorySize", if wanted == 0 { there } else { wanted.min(there) });
-    keys.number("DefaultBridges", "default_bridges", 1);
+    // As our VMs have it: Kata takes 0 for 1 bridge, and for 10 slots.
+    keys.put("DefaultBridges", c.number(QEMU, "default_bridges"));
     keys.number("Msize9p", "msize_9p", 8192);
-    keys.number("MemSlots", "memory_slots", 10);
+    keys.put("MemSlots", c.number(QEMU, "memory_slots"));
     keys.number("VirtioFSCacheSize", "virtio_fs_cache_size", 0);
     keys.number("VirtioFSQueueSize", "virtio_fs_queue_size", 0);
     keys.put("Uid", 0);

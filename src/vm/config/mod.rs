@@ -87,7 +87,7 @@ impl VmConfig {
         let protocol = if c.agent_kind == Kind::Kata1 { "grpc" } else { "ttrpc" };
         let own = json!({
             "Accel": c.text(OURS, "accel"), "Protocol": protocol,
-            "SharedMemory": c.shared_memory(),
+            "SharedMemory": c.shared_memory(), "MaxVCPUs": c.max_cpus(),
         });
         rest.insert(OWN.into(), own);
         VmConfig {
@@ -134,6 +134,19 @@ impl VmConfig {
         self.hypervisor.get(key).and_then(Value::as_u64).unwrap_or(0)
     }
 
+    /// Whether a server of ours said it. One that serves another's word to the letter
+    /// looks like that other; its VMs tell of themselves.
+    pub fn is_ours(&self) -> bool {
+        self.rest.contains_key(OWN)
+    }
+
+    /// Most CPUs that such a VM can have; 0 when its server does not say. Ours can
+    /// have more than the host has, which Kata's can not.
+    pub fn max_cpus(&self) -> u64 {
+        let own = self.rest.get(OWN).and_then(|own| own["MaxVCPUs"].as_u64());
+        own.unwrap_or_else(|| self.number("DefaultMaxVCPUs"))
+    }
+
     /// Where memory that is added to such a VM comes from: from where it has its own.
     pub fn memory_backend(&self) -> Backend {
         let flag = |k: &str| self.hypervisor.get(k).and_then(Value::as_bool).unwrap_or(false);
@@ -172,8 +185,10 @@ impl VmConfig {
         }
         // A server of Kata's says nothing of it.
         if let (Some(have), Some(want)) = (self.rest.get(OWN), wanted.rest.get(OWN)) {
-            if have != want {
-                return Some(format!("it is {have}, wanted {want}"));
+            for key in ["Accel", "Protocol", "SharedMemory", "MaxVCPUs"] {
+                if have[key] != want[key] {
+                    return Some(format!("{key} is {}, wanted {}", have[key], want[key]));
+                }
             }
         }
         (!same(Some(&self.agent), Some(&wanted.agent)))

@@ -13,7 +13,7 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
@@ -30,8 +30,6 @@ use crate::sys::process::start_time;
 
 /// Longest pid file read, in bytes.
 const MAX_PID: u64 = 32;
-/// Longest command line looked at, in bytes.
-const MAX_LINE: u64 = 64 * 1024;
 
 /// Takes one over. `dir` is its directory, `hypervisor` its JSON, `served` what its
 /// server says of all its VMs.
@@ -58,11 +56,12 @@ pub(super) fn adopt(
         true => return Err(bad("its server leaves the proxy to Kata's shim v2".into())),
         false => Address::parse(kind, &message.proxyURL).map_err(|e| bad(e.to_string()))?,
     };
-    let pid = qemu(dir, &id).map_err(bad)?;
-    let dead = || Error::Dead { id: id.clone(), pid };
-    let started = start_time(pid).ok_or_else(dead)?;
-    let process = Process::adopt(pid, started).map_err(|_| dead())?;
-    let proxy = proxy(message).map_err(bad)?;
+    // From here on, whatever goes wrong ends all of the VM.
+    let vm_dir = super::directory(dir, &id, &agent);
+    let proxy = proxy(message, &agent);
+    let process = qemu(dir, &id).map_err(bad)?;
+    let (pid, started) = (process.pid(), process.start_time());
+    let proxy = proxy.map_err(bad)?;
     let ledger = Ledger {
         id: id.clone(),
         state: State::Handed,
@@ -81,51 +80,60 @@ pub(super) fn adopt(
         own_agent: false,
         attendants: proxy.iter().map(Attendant::record).collect(),
     };
-    let vm_dir = super::directory(dir, &id, &agent);
     let attendants = proxy.into_iter().collect();
     let vm = Vm { process, attendants, dir: vm_dir, ledger, agent, paused: true };
     vm.ledger.write(dir).map_err(|source| Error::Record { id: id.clone(), source })?;
     Ok(vm)
 }
 
-/// QEMU's pid, from the file that it wrote.
-fn qemu(dir: &Path, id: &str) -> Result<i32, String> {
+/// QEMU, by the file that it wrote.
+fn qemu(dir: &Path, id: &str) -> Result<Process, String> {
     let file = dir.join("pid");
-    let text = read(&file, MAX_PID).map_err(|e| format!("read {}: {e}", file.display()))?;
-    let pid: i32 = String::from_utf8_lossy(&text)
-        .trim()
-        .parse()
-        .map_err(|_| format!("{} holds no pid", file.display()))?;
-    named(pid, &format!("sandbox-{id}"))
-        .then_some(pid)
-        .ok_or_else(|| format!("pid {pid} of {} is not its QEMU", file.display()))
+    let mut text = String::new();
+    fs::File::open(&file)
+        .and_then(|f| f.take(MAX_PID).read_to_string(&mut text))
+        .map_err(|e| format!("read {}: {e}", file.display()))?;
+    let pid: i32 = text.trim().parse().map_err(|_| format!("{} holds no pid", file.display()))?;
+    let gone = || format!("pid {pid} of {} is not its QEMU", file.display());
+    let process = start_time(pid).and_then(|s| Process::adopt(pid, s).ok()).ok_or_else(gone)?;
+    if !process.is_named(&format!("sandbox-{id}")) {
+        process.let_go();
+        return Err(gone());
+    }
+    Ok(process)
 }
 
 /// The proxy that its server started; `None` when there is none.
-fn proxy(message: &GrpcVM) -> Result<Option<Attendant>, String> {
+fn proxy(message: &GrpcVM, agent: &Address) -> Result<Option<Attendant>, String> {
     let pid = match i32::try_from(message.proxyPid) {
         Ok(0) => return Ok(None),
         // Anything else that kill(2) takes for more than one process.
         Ok(pid) if pid > 1 => pid,
         _ => return Err(format!("{} is no pid of a proxy", message.proxyPid)),
     };
-    if !named(pid, &message.id) {
-        return Err(format!("pid {pid} is not its proxy"));
+    let gone = || format!("pid {pid} is not its proxy");
+    let record = |start_time| Record { role: Role::Proxy, pid, start_time };
+    let found = start_time(pid).and_then(|s| Attendant::adopt(&record(s))).ok_or_else(gone)?;
+    if !found.is_named(&agent.to_string()) {
+        found.let_go();
+        return Err(gone());
     }
-    let start_time = start_time(pid).ok_or_else(|| format!("its proxy, pid {pid}, has ended"))?;
-    Ok(Attendant::adopt(&Record { role: Role::Proxy, pid, start_time }))
+    Ok(Some(found))
 }
 
-/// Whether an argument of a process begins with `name`.
-fn named(pid: i32, name: &str) -> bool {
-    let line = read(&PathBuf::from(format!("/proc/{pid}/cmdline")), MAX_LINE).unwrap_or_default();
-    line.split(|b| *b == 0).any(|word| word.starts_with(name.as_bytes()))
-}
-
-fn read(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    fs::File::open(path)?.take(most).read_to_end(&mut bytes)?;
-    Ok(bytes)
+/// Whether our client can use the VMs of such a server; asked before one is claimed.
+pub(super) fn check_server(served: &VmConfig) -> Result<(), String> {
+    let proxy = served.rest.get("ProxyType").and_then(Value::as_str);
+    match (served.agent_type.as_deref(), proxy) {
+        (Some("kata"), Some("kataProxy" | "noProxy")) => Ok(()),
+        (Some("kata"), other) => {
+            Err(format!("its VMs have ProxyType {other:?}: only kataProxy and noProxy can be used"))
+        }
+        (None, _) => Err("it is one of Kata 2.x or 3.x, which can not say where its VMs' agents \
+                          are: use vmcache's own server"
+            .into()),
+        (Some(other), _) => Err(format!("its VMs' agent is a {other}")),
+    }
 }
 
 #[cfg(test)]
@@ -135,8 +143,8 @@ mod tests {
     #[test]
     fn nobody_elses_process_is_taken_for_a_proxy() {
         let of = |pid: i64| {
-            let message = GrpcVM { id: "no-such-vm".into(), proxyPid: pid, ..GrpcVM::default() };
-            proxy(&message)
+            let message = GrpcVM { proxyPid: pid, ..GrpcVM::default() };
+            proxy(&message, &Address::Proxy("/run/vc/sbs/x/proxy.sock".into()))
         };
         assert!(of(0).unwrap().is_none());
         for pid in [-1, 1, i64::from(std::process::id()), i64::MAX] {

@@ -9,11 +9,11 @@ use super::{Driver, Handed, Watched, KILL};
 use crate::process::attendant::Role;
 use crate::process::reap;
 use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
-use crate::vm::ledger::{Owner, State};
+use crate::vm::ledger::{Ledger, Owner, State};
 use crate::vm::Vm;
 
 /// How long a killed attendant may take to be gone.
-const DYING: Duration = Duration::from_secs(1);
+const DYING: Duration = Duration::from_millis(200);
 
 impl Driver {
     pub(super) fn delivered(&mut self, vm: Delivered, waited: bool) {
@@ -115,6 +115,9 @@ impl Driver {
         let name = role.name();
         if let Some(handed) = self.handed.get(&pid) {
             // Its owner may have ended it, as Kata's runtime does with a proxy.
+            for attendant in &handed.attendants {
+                reap(attendant.as_fd());
+            }
             log::info!(
                 "attendant-ended: the {name} of VM {} (QEMU pid {pid}) has ended",
                 handed.id
@@ -136,6 +139,8 @@ impl Driver {
                 self.watched.remove(&token);
             }
             reap(handed.pidfd.as_fd());
+            // What its owner has had started for it.
+            drop(Ledger::read(&handed.dir).map(|ledger| ledger.adopt_attendants()));
             for attendant in &handed.attendants {
                 // Some end with their QEMU by themselves, and some do not.
                 let _ = pidfd_kill(attendant.as_fd(), KILL);
