@@ -7,7 +7,7 @@
 //!  | ◄────────────────── OK 1073741824\n |   then bytes of the connection
 //! ```
 //!
-//! Invariants: an answer longer than [`MAX_ANSWER`] bytes is none; nothing of
+//! Invariants: an answer longer than `MAX_ANSWER` bytes is none; nothing of
 //! what follows it is read.
 //!
 //! Does not: know when a guest can be dialled. Version 0.3.0 of the device dies

@@ -3,7 +3,7 @@
 //!
 //! Invariant: an agent of 1.x takes a known field of another type for garbage, so
 //! what later versions mean by the same numbers is renumbered or refused
-//! ([`super::version_1`]).
+//! (`version_1`).
 //!
 //! Source: agent.proto and health.proto of Kata's agent 1.13, and its server.
 

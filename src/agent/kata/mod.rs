@@ -1,5 +1,5 @@
 //! Kata's own agent, in both of its protocols: [`ttrpc`] since 2.0, [`grpc`]
-//! before. The messages are the same but for a few fields ([`version_1`]).
+//! before. The messages are the same but for a few fields (`version_1`).
 
 macro_rules! request {
     ($kind:ident { $($field:ident : $value:expr),* $(,)? }) => {
