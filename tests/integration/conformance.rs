@@ -98,7 +98,13 @@ fn spec() -> Spec {
         Version: "1.0.2".into(),
         Process: Some(process(&["sh", "-c", script])).into(),
         Root: Some(Root { Path: ROOT.into(), ..Default::default() }).into(),
-        Mounts: vec![mount("proc", "/proc"), mount("tmpfs", "/dev"), mount("devpts", "/dev/pts")],
+        Mounts: vec![
+            mount("proc", "/proc"),
+            mount("tmpfs", "/dev"),
+            mount("devpts", "/dev/pts"),
+            // Without it, agents of 1.x can start no further process.
+            mount("sysfs", "/sys"),
+        ],
         Linux: Some(Linux {
             Namespaces: ["pid", "mount", "uts", "ipc"].into_iter().map(namespace).collect(),
             Resources: Some(shares(512)).into(),
