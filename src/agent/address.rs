@@ -124,6 +124,17 @@ impl Address {
         }
     }
 
+    /// Becomes what a server says, for the same agent; an empty URL says nothing.
+    ///
+    /// # Errors
+    /// [`Error::Address`]; it is then what it was.
+    pub fn told(&mut self, url: &str) -> Result<(), Error> {
+        if !url.is_empty() {
+            *self = Address::parse(self.kind(), url)?;
+        }
+        Ok(())
+    }
+
     /// The CID of a guest with the kernel's vsock.
     pub fn cid(&self) -> Option<u32> {
         match self {

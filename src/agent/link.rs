@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{hyperstart, kata, Outcome};
+use super::address::Address;
+use super::{hyperstart, kata, Agent, Error, Outcome};
 
 /// A connection to an agent, which another value for the same agent can take
 /// over ([`super::Agent::reuse`]).
@@ -40,6 +41,23 @@ impl<T> Slot<T> {
 
     pub fn put(&self, link: Arc<T>) {
         *self.lock() = Some(link);
+    }
+
+    /// Takes the connection and the address of another value for the same agent;
+    /// `pick` finds it.
+    pub fn take_over(
+        &self,
+        address: &mut Address,
+        other: Box<dyn Agent>,
+        pick: impl FnOnce(Link) -> Option<Arc<T>>,
+    ) -> Outcome<()> {
+        let there = other.address().clone();
+        if let Some(link) = other.give_link() {
+            let call = "reuse (of another agent's)";
+            self.put(pick(link).ok_or(Error::Unsupported { call })?);
+        }
+        *address = there;
+        Ok(())
     }
 
     pub fn take(&self) -> Option<Arc<T>> {

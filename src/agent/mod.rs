@@ -134,9 +134,13 @@ pub trait Agent: Send + Sync {
     fn configure_from_grpc(&mut self, config: &[u8]) -> Outcome<()>;
     /// Starts the process that it is reached through, for which QEMU must run
     /// already; `None` when it needs none. Whoever gets it owns it.
-    fn start_proxy(&mut self, command: &ProxyCommand) -> Outcome<Option<Attendant>>;
+    fn start_proxy(&mut self, _command: &ProxyCommand) -> Outcome<Option<Attendant>> {
+        Ok(None)
+    }
     /// Reaches it through a proxy that runs: its URL, `unix://PATH`.
-    fn set_proxy(&mut self, url: &str) -> Outcome<()>;
+    fn set_proxy(&mut self, _url: &str) -> Outcome<()> {
+        Err(Error::Unsupported { call: "set_proxy" })
+    }
     /// The same as a server says it; an empty URL changes nothing.
     fn set_proxy_from_grpc(&mut self, vm: &GrpcVM) -> Outcome<()> {
         match vm.proxyURL.as_str() {

@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::address::Address;
-use super::seat::{Capabilities, Channel, ProxyCommand, Seat};
+use super::seat::{Capabilities, Channel, Seat};
 use super::{Agent, Error, Kind, Link, ListFormat, Outcome, ProcessId};
-use crate::process::attendant::Attendant;
 use crate::proto::agent::{
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, GuestDetailsResponse,
     StatsContainerResponse,
@@ -40,14 +39,6 @@ impl Agent for Noop {
 
     fn configure_from_grpc(&mut self, _: &[u8]) -> Outcome<()> {
         Ok(())
-    }
-
-    fn start_proxy(&mut self, _: &ProxyCommand) -> Outcome<Option<Attendant>> {
-        Ok(None)
-    }
-
-    fn set_proxy(&mut self, _: &str) -> Outcome<()> {
-        no("set_proxy")
     }
 
     fn address(&self) -> &Address {

@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::{Error, Outcome};
 
 /// Largest AgentConfig taken from a server, in bytes.
@@ -80,6 +82,20 @@ pub struct ProxyCommand {
     pub debug: bool,
     /// Whether the kernel ends it with the thread that starts it.
     pub leased: bool,
+}
+
+/// What a server says of its agents: an object with the names of Kata's fields.
+/// Which there are depends on agent and version.
+pub(super) fn config_object(config: &[u8]) -> Outcome<Value> {
+    let wrong = |why: String| Err(Error::Config { why });
+    if config.len() > MAX_CONFIG {
+        return wrong(format!("{} bytes, over {MAX_CONFIG}", config.len()));
+    }
+    match serde_json::from_slice(config) {
+        Ok(object @ Value::Object(_)) => Ok(object),
+        Ok(other) => wrong(format!("is {other}, not an object")),
+        Err(e) => wrong(e.to_string()),
+    }
 }
 
 /// Makes the directory of a share.

@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
@@ -97,6 +97,8 @@ pub struct GrpcCache {
     cache: CacheServiceClient,
     control: ControlClient,
     lease: bool,
+    /// What the server says of its VMs: it does not change while it runs.
+    served: OnceLock<VmConfig>,
     // Last, so that its threads outlive the channel.
     _environment: Arc<Environment>,
 }
@@ -119,6 +121,7 @@ impl GrpcCache {
             cache: CacheServiceClient::new(channel.clone()),
             control: ControlClient::new(channel),
             lease: false,
+            served: OnceLock::new(),
             _environment: environment,
         })
     }
@@ -174,6 +177,17 @@ impl GrpcCache {
             call: "Config",
             why: e.to_string(),
         })
+    }
+
+    /// The same, asked for once.
+    fn served(&self) -> Result<&VmConfig, Error> {
+        match self.served.get() {
+            Some(served) => Ok(served),
+            None => {
+                let served = self.fetch_config()?;
+                Ok(self.served.get_or_init(|| served))
+            }
+        }
     }
 
     /// Config's answer, as it came.
@@ -236,20 +250,20 @@ impl GrpcCache {
 
 impl BaseFactory for GrpcCache {
     fn config(&self) -> Result<VmConfig, super::Error> {
-        self.fetch_config().map_err(super::Error::Cache)
+        self.served().cloned().map_err(super::Error::Cache)
     }
 
     fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, super::Error> {
-        let served = self.fetch_config().map_err(super::Error::Cache)?;
+        let served = self.served().map_err(super::Error::Cache)?;
         // One of ours can serve another's word, and has a call that others have not.
         if !served.is_ours() && self.fetch_details().is_err() {
-            wire::check_server(&served).map_err(|why| {
+            wire::check_server(served).map_err(|why| {
                 let endpoint = self.endpoint.clone();
                 super::Error::Cache(Error::Answer { endpoint, call: "Config", why })
             })?;
         }
         let message = self.claim_raw(within).map_err(super::Error::Cache)?;
-        let served = || Ok(served);
+        let served = || Ok(served.clone());
         wire::from_wire(&message, served).map_err(super::Error::Vm)
     }
 

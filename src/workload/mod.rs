@@ -241,9 +241,9 @@ impl Guest {
     /// Sets up what containers share, unless that is done: before anything else, since
     /// Kata's agents forget what was there.
     fn start_sandbox(&self) -> Result<(), Error> {
-        let known = self.sandbox.swap(true, Ordering::SeqCst) || note(&self.vm).is_some();
-        // Kata's of 2.x and later would forget what containers they have.
-        if known && !self.vm.own_agent() {
+        // Asked twice, Kata's of 2.x and later would forget what containers they have.
+        let katas = !self.vm.own_agent() && note(&self.vm).is_some();
+        if katas || self.sandbox.load(Ordering::SeqCst) {
             return Ok(());
         }
         let sandbox = CreateSandboxRequest {
@@ -253,8 +253,10 @@ impl Guest {
             ..CreateSandboxRequest::default()
         };
         match self.agent.start_sandbox(sandbox) {
-            Ok(()) => Ok(()),
-            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) => Ok(()),
+            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) | Ok(()) => {
+                self.sandbox.store(true, Ordering::SeqCst);
+                Ok(())
+            }
             Err(e) => Err(Error::Agent(e)),
         }
     }

@@ -13,8 +13,9 @@ use vmcache::factory::{direct, Wanted};
 use vmcache::proto::agent::CreateSandboxRequest;
 use vmcache::proto::oci::Process;
 
-use crate::conformance::{assert_walked, vsock_device, walk};
+use crate::conformance::{assert_walked, walk};
 use crate::daemon::{assert_nothing_left, prepared, text, vmcache, wait_for, Daemon, Dir, Options};
+use crate::transports::vsock_device;
 
 const SOON: Duration = Duration::from_secs(30);
 

@@ -11,7 +11,8 @@
 //! | `attach`    | disks and network cards at claim time, and what is wrong with them |
 //! | `claimed`   | exec, cp, ps, stats, pause, resume, list, stop |
 //! | `guest`     | every agent call; four clients at once; a client that dies |
-//! | `conformance` | one walk through all that agents can do, over each transport |
+//! | `conformance` | one walk through all that agents can do |
+//! | `transports` | our agent walks it, over each transport |
 //! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
 //! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
 //! | `faults`    | what can be wrong, each with its error and exit code |
@@ -47,5 +48,6 @@ mod run;
 mod share;
 mod template_place;
 mod templates;
+mod transports;
 mod vsock;
 mod wire;

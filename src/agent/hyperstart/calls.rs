@@ -19,32 +19,14 @@ impl Agent for Hyperstart {
     }
 
     fn configure_from_grpc(&mut self, config: &[u8]) -> Outcome<()> {
-        let wrong = |why: String| Error::Config { why };
-        if config.len() > MAX_CONFIG {
-            return Err(wrong(format!("{} bytes, over {MAX_CONFIG}", config.len())));
-        }
-        let value: Value = serde_json::from_slice(config).map_err(|e| wrong(e.to_string()))?;
-        if !value.is_object() {
-            return Err(wrong(format!("is {value}, not an object")));
-        }
-        self.config = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+        let value = seat::config_object(config)?;
+        self.config =
+            serde_json::from_value(value).map_err(|e| Error::Config { why: e.to_string() })?;
         Ok(())
-    }
-
-    fn start_proxy(&mut self, _: &ProxyCommand) -> Outcome<Option<Attendant>> {
-        Ok(None)
-    }
-
-    fn set_proxy(&mut self, _: &str) -> Outcome<()> {
-        no("set_proxy")
     }
 
     fn set_proxy_from_grpc(&mut self, vm: &crate::proto::cache::GrpcVM) -> Outcome<()> {
-        match vm.proxyURL.as_str() {
-            "" => {}
-            url => self.address = Address::parse(Kind::Hyperstart, url)?,
-        }
-        Ok(())
+        self.address.told(&vm.proxyURL)
     }
 
     fn address(&self) -> &Address {
@@ -52,14 +34,10 @@ impl Agent for Hyperstart {
     }
 
     fn reuse(&mut self, other: Box<dyn Agent>) -> Outcome<()> {
-        let address = other.address().clone();
-        match other.give_link() {
-            Some(Link::Hyperstart(link)) => self.slot.put(link),
-            None => {}
-            Some(_) => return no("reuse (of another agent's)"),
-        }
-        self.address = address;
-        Ok(())
+        self.slot.take_over(&mut self.address, other, |link| match link {
+            Link::Hyperstart(link) => Some(link),
+            _ => None,
+        })
     }
 
     fn give_link(self: Box<Self>) -> Option<Link> {

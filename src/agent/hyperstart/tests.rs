@@ -227,7 +227,7 @@ fn agent_config_has_katas_keys() {
     agent.configure_from_grpc(br#"{"SockCtlName":"/c","SockTtyName":"t"}"#).unwrap();
     assert_eq!(agent.config.sockets(Path::new("/v/x")), ("/c".into(), "/v/x/t".into()));
     assert!(agent.configure_from_grpc(b"[]").is_err());
-    assert!(agent.configure_from_grpc(&vec![b' '; MAX_CONFIG + 1]).is_err());
+    assert!(agent.configure_from_grpc(&vec![b' '; seat::MAX_CONFIG + 1]).is_err());
 }
 
 #[test]

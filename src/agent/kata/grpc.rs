@@ -21,7 +21,7 @@ use connection::{endless, failed, nothing, quick, within};
 
 use super::super::address::Address;
 use super::super::link::{Link, Slot};
-use super::super::seat::{Capabilities, Channel, ProxyCommand, Seat};
+use super::super::seat::{self, Capabilities, Channel, ProxyCommand, Seat};
 use super::super::{Agent, Error, Kind, ListFormat, Outcome, ProcessId, PS_ARGS};
 use super::{version_1, ANSWERING, CALL, CAPABILITIES, MUX_SOCKET};
 use crate::process::attendant::{Attendant, Role};
@@ -107,7 +107,7 @@ impl Agent for Kata1Agent {
     }
 
     fn configure_from_grpc(&mut self, config: &[u8]) -> Outcome<()> {
-        super::check_config(config)
+        seat::config_object(config).map(|_| ())
     }
 
     fn start_proxy(&mut self, command: &ProxyCommand) -> Outcome<Option<Attendant>> {
@@ -140,14 +140,10 @@ impl Agent for Kata1Agent {
     }
 
     fn reuse(&mut self, other: Box<dyn Agent>) -> Outcome<()> {
-        let address = other.address().clone();
-        match other.give_link() {
-            Some(Link::Grpc(link)) => self.slot.put(link),
-            None => {}
-            Some(_) => return Err(Error::Unsupported { call: "reuse (of another agent's)" }),
-        }
-        self.address = address;
-        Ok(())
+        self.slot.take_over(&mut self.address, other, |link| match link {
+            Link::Grpc(link) => Some(link),
+            _ => None,
+        })
     }
 
     fn give_link(self: Box<Self>) -> Option<Link> {

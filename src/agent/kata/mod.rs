@@ -14,9 +14,7 @@ mod version_1;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::Value;
-
-use super::seat::{Capabilities, Channel, Seat, Way, MAX_CONFIG};
+use super::seat::{Capabilities, Channel, Seat, Way};
 use super::{Error, Outcome};
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
 
@@ -64,20 +62,5 @@ fn channels_1(seat: &Seat) -> Outcome<Vec<Channel>> {
         }]),
         Way::Vsock(cid) => Ok(vec![Channel::Vsock { cid }]),
         Way::HybridVsock => Err(Error::Unsupported { call: "configure (vsock in user space)" }),
-    }
-}
-
-/// The AgentConfig of both is an object with the names of Kata's fields; which of
-/// them there are depends on the version, and nothing of them is needed to talk to
-/// an agent.
-fn check_config(config: &[u8]) -> Outcome<()> {
-    let wrong = |why: String| Err(Error::Config { why });
-    if config.len() > MAX_CONFIG {
-        return wrong(format!("{} bytes, over {MAX_CONFIG}", config.len()));
-    }
-    match serde_json::from_slice::<Value>(config) {
-        Ok(Value::Object(_)) => Ok(()),
-        Ok(other) => wrong(format!("is {other}, not an object")),
-        Err(e) => wrong(e.to_string()),
     }
 }

@@ -17,10 +17,9 @@ use ttrpc::Code;
 
 use super::super::address::Address;
 use super::super::link::{Link, Slot};
-use super::super::seat::{Capabilities, Channel, ProxyCommand, Seat};
+use super::super::seat::{self, Capabilities, Channel, Seat};
 use super::super::{Agent, Error, Kind, ListFormat, Outcome, ProcessId, Stream, PATIENCE};
 use super::{ANSWERING, CALL, CAPABILITIES};
-use crate::process::attendant::Attendant;
 use crate::proto::agent::*;
 use crate::proto::agent_ttrpc::AgentServiceClient;
 use crate::proto::health::{CheckRequest, HealthCheckResponse};
@@ -105,9 +104,8 @@ impl KataAgent {
         };
         match answer.map_err(|e| failed(call, e)) {
             Ok(answer) => Ok(answer.data),
-            // Kata's agents of 2.x and later have no other word for the end; a stack
-            // trace may follow.
-            Err(Error::Refused { text, .. }) if text.starts_with("read meet eof") => Ok(Vec::new()),
+            // Kata's agents of 2.x and later have no other word for the end.
+            Err(Error::Refused { text, .. }) if text == "read meet eof" => Ok(Vec::new()),
             Err(e) => Err(e),
         }
     }
@@ -158,24 +156,12 @@ impl Agent for KataAgent {
     }
 
     fn configure_from_grpc(&mut self, config: &[u8]) -> Outcome<()> {
-        super::check_config(config)
-    }
-
-    fn start_proxy(&mut self, _: &ProxyCommand) -> Outcome<Option<Attendant>> {
-        Ok(None)
-    }
-
-    fn set_proxy(&mut self, _: &str) -> Outcome<()> {
-        Err(Error::Unsupported { call: "set_proxy" })
+        seat::config_object(config).map(|_| ())
     }
 
     fn set_proxy_from_grpc(&mut self, vm: &crate::proto::cache::GrpcVM) -> Outcome<()> {
         // Kata's servers put an agent's own URL here when there is no proxy.
-        match vm.proxyURL.as_str() {
-            "" => {}
-            url => self.address = Address::parse(Kind::Kata, url)?,
-        }
-        Ok(())
+        self.address.told(&vm.proxyURL)
     }
 
     fn address(&self) -> &Address {
@@ -183,14 +169,10 @@ impl Agent for KataAgent {
     }
 
     fn reuse(&mut self, other: Box<dyn Agent>) -> Outcome<()> {
-        let address = other.address().clone();
-        match other.give_link() {
-            Some(Link::Ttrpc(link)) => self.slot.put(link),
-            None => {}
-            Some(_) => return Err(Error::Unsupported { call: "reuse (of another agent's)" }),
-        }
-        self.address = address;
-        Ok(())
+        self.slot.take_over(&mut self.address, other, |link| match link {
+            Link::Ttrpc(link) => Some(link),
+            _ => None,
+        })
     }
 
     fn give_link(self: Box<Self>) -> Option<Link> {

@@ -1,3 +1,5 @@
+//! Both sides of a session against each other, and one against nonsense.
+
 use super::*;
 use std::time::Duration;
 
