@@ -21,7 +21,7 @@ use super::{connect, own_config, Outcome};
 use crate::config::options::QEMU;
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::process::attendant::Role;
-use crate::vm::VmConfig;
+use crate::vm::{Birth, VmConfig};
 use crate::workload::{send_root, Command, Guest, WRITING_OUT};
 
 /// For a guest that has been given up, to write out its disks.
@@ -34,7 +34,7 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
     let own = own_config(common)?;
     let wanted = g.size.within(g.wait);
     let progress = Progress::start("waiting for a VM");
-    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let born = |birth: Birth<'_>| session.hold(birth);
     let obtained = Factory::new(&server, own.as_ref()).born(&born).get_vm(&wanted)?;
     drop(progress);
     let Obtained { vm, agent, fallback } = obtained;
@@ -130,13 +130,14 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
 /// Shares a root file system with the guest instead of copying it, where the VM was
 /// made for that.
 fn shared(common: &Common, guest: &mut Guest, root: &Path, leased: bool) -> Result<bool, Failure> {
-    let made = guest.vm().attendant(Role::Virtiofsd).is_some() && guest.vm().own_agent();
-    let Some(config) = own_config(common)?.filter(|_| made && root.is_dir()) else {
-        return Ok(false);
-    };
-    let daemon = config.text(QEMU, "virtio_fs_daemon").to_string();
-    guest.share_root(root, Path::new(&daemon), leased)?;
-    Ok(true)
+    let usable = guest.vm().own_agent() && root.is_dir();
+    let Some(config) = own_config(common)?.filter(|_| usable) else { return Ok(false) };
+    if guest.vm().attendant(Role::Virtiofsd).is_some() {
+        let daemon = config.text(QEMU, "virtio_fs_daemon").to_string();
+        guest.share_root(root, Path::new(&daemon), leased)?;
+        return Ok(true);
+    }
+    Ok(config.shares_9p() && guest.bind_root(root)?)
 }
 
 fn check_root(root: &Path) -> Result<(), Failure> {
@@ -150,7 +151,7 @@ fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result
     let server = if r.keep { server } else { server.leasing() };
     let own = own_config(common)?;
     let _progress = Progress::start("waiting for a VM");
-    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let born = |birth: Birth<'_>| session.hold(birth);
     let factory = Factory::new(&server, own.as_ref()).leased(!r.keep).born(&born);
     Ok(factory.get_vm(wanted)?.into())
 }
@@ -161,7 +162,7 @@ fn cold(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<
     config.check_files()?;
     log::debug!("booting {} CPUs, {} MiB", VmConfig::of(&config).cpus(), config.memory());
     let _progress = Progress::start("booting a VM");
-    let born = |dir: &Path, qemu| session.hold(dir, qemu);
+    let born = |birth: Birth<'_>| session.hold(birth);
     let (vm, agent) = direct::cold(&config, wanted, !r.keep, &born)?;
     Ok(Guest::new(vm, agent))
 }

@@ -7,7 +7,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use super::output::{Failure, FAILED, TIMED_OUT};
 use super::run::exit_code;
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
+use crate::vm::birth::Birth;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::Ledger;
 use crate::worker::{self, Worker};
@@ -47,6 +48,10 @@ const GRACE: Duration = Duration::from_secs(5);
 struct Stage {
     /// A VM that ends with this process.
     held: Option<(OwnedFd, PathBuf)>,
+    /// It is being made, and not known well enough to be ended.
+    begins: bool,
+    /// A signal that came meanwhile.
+    waiting: Option<Signal>,
     /// Who passes signals on to a process in a guest.
     process: Option<Sender<Signal>>,
 }
@@ -88,14 +93,24 @@ impl Session {
         f(&mut self.stage.lock().unwrap_or_else(|e| e.into_inner()));
     }
 
-    /// From now on, a signal that has no process to go to ends this VM.
-    pub fn hold(&self, dir: &Path, qemu: OwnedFd) {
-        self.change(|s| s.held = Some((qemu, dir.to_path_buf())));
+    /// From now on, a signal that has no process to go to ends this VM; while it
+    /// only begins to be, the signal waits.
+    pub fn hold(&self, birth: Birth<'_>) {
+        self.change(|s| match birth {
+            Birth::Begins => s.begins = true,
+            Birth::Runs { dir, qemu, .. } => {
+                s.held = qemu.watch().ok().map(|qemu| (qemu, dir.to_path_buf()));
+                s.begins = false;
+                if let Some(signal) = s.waiting {
+                    on_signal(signal, s);
+                }
+            }
+        });
     }
 
     /// From now on, the VM outlives this process.
     pub fn release(&self) {
-        self.change(|s| s.held = None);
+        self.change(|s| (s.held, s.begins) = (None, false));
     }
 
     /// Ties this process's streams to `process` and waits for its end.
@@ -119,7 +134,11 @@ impl Drop for Session {
     /// A signal that is ending this process ends it, with its own exit code: that a
     /// VM has gone because of it is no failure to be told.
     fn drop(&mut self) {
-        drop(self.stage.lock());
+        let stage = self.stage.lock().unwrap_or_else(|e| e.into_inner());
+        // What began came to nothing, which its maker has removed.
+        if let Some(signal) = stage.waiting {
+            std::process::exit(128 + signal as i32);
+        }
     }
 }
 
@@ -129,6 +148,10 @@ fn on_signal(signal: Signal, stage: &mut Stage) {
         return;
     }
     if signal == Signal::SIGWINCH {
+        return;
+    }
+    if stage.begins {
+        stage.waiting = Some(signal);
         return;
     }
     if let Some((qemu, dir)) = stage.held.take() {

@@ -23,11 +23,7 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
             config.check_template()?;
             let session = Session::start()?;
             let progress = Progress::start("making the template");
-            let made = template.create(&mut |id, qemu| {
-                if let Ok(pidfd) = qemu.watch() {
-                    session.hold(&config.store().join(id), pidfd);
-                }
-            })?;
+            let made = template.create(&mut |birth| session.hold(birth))?;
             session.release();
             drop(progress);
             let status = look(&template)?;

@@ -88,8 +88,8 @@ pub static OPTIONS: [Opt; 53] = [
         QEMU,
         "shared_fs",
         Text("none"),
-        "directories shared with guests: virtio-fs (not with clones; `run --rootfs DIR` copies \
-         nothing then), virtio-9p (for guests of Kata 1.x), or none",
+        "directories shared with guests: virtio-fs (not with clones) or virtio-9p, with which \
+         `run --rootfs DIR` copies nothing, or none",
     ),
     opt(QEMU, "entropy_source", Text("/dev/urandom"), "where the guest's random device reads"),
     opt(QEMU, "file_mem_backend", Text(""), "directory for guest memory in files"),

@@ -5,9 +5,8 @@ use std::time::Duration;
 use super::{BaseFactory, Born, Error, VmStatus, Wanted};
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::process::Process;
 use crate::vm::boot::{boot, Purpose};
-use crate::vm::{Vm, VmConfig};
+use crate::vm::{Birth, Vm, VmConfig};
 
 /// Boots VMs of one configuration, here and now.
 pub struct Direct {
@@ -27,7 +26,7 @@ impl BaseFactory for Direct {
     }
 
     fn get_base_vm(&self, _within: Option<Duration>) -> Result<Vm, Error> {
-        boot(&self.config, &Purpose::Own { leased: false, waits: false }, &mut |_, _| {})
+        boot(&self.config, &Purpose::Own { leased: false, waits: false }, &mut |_| {})
             .map_err(|e| Error::Boot(Box::new(e)))
     }
 
@@ -53,13 +52,8 @@ pub fn cold(
 ) -> Result<(Vm, Box<dyn Agent>), Error> {
     let sized = config.resized(wanted.cpus, wanted.memory_mib);
     let sized = sized.map_err(|e| Error::Size { what: e.to_string() })?;
-    let store = sized.store();
-    let mut started = |id: &str, process: &Process| {
-        if let Ok(qemu) = process.watch() {
-            born(&store.join(id), qemu);
-        }
-    };
-    let mut vm = boot(&sized, &Purpose::Own { leased, waits: false }, &mut started)
+    let mut watch = |birth: Birth<'_>| born(birth);
+    let mut vm = boot(&sized, &Purpose::Own { leased, waits: false }, &mut watch)
         .map_err(|e| Error::Boot(Box::new(e)))?;
     let agent = vm.wake().map_err(Error::Vm)?;
     Ok((vm, agent))

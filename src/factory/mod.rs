@@ -12,14 +12,12 @@ pub mod template;
 
 use std::error;
 use std::fmt;
-use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::Duration;
 
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::vm::boot::BootError;
-use crate::vm::{self, resize, Vm, VmConfig};
+use crate::vm::{self, resize, Birth, Vm, VmConfig};
 use crate::workload::Guest;
 
 /// Why there is no VM.
@@ -118,9 +116,8 @@ impl From<Obtained> for Guest {
     }
 }
 
-/// Told of a VM as soon as it is this process's, before it can be used: its
-/// directory, and a pidfd of its QEMU.
-pub type Born<'a> = &'a dyn Fn(&Path, OwnedFd);
+/// Told of a VM as soon as it is this process's, before it can be used.
+pub type Born<'a> = &'a dyn Fn(Birth<'_>);
 
 /// A base factory, and a configuration to boot from when it does not fit.
 pub struct Factory<'a> {
@@ -134,7 +131,7 @@ impl<'a> Factory<'a> {
     /// `own` is this side's configuration: what VMs are wanted to be, and what
     /// a cold one is booted from. Without it, the base's VMs are taken as they are.
     pub fn new(base: &'a dyn BaseFactory, own: Option<&'a Config>) -> Factory<'a> {
-        Factory { base, own, leased: false, born: &|_, _| {} }
+        Factory { base, own, leased: false, born: &|_| {} }
     }
 
     /// A cold VM, too, ends with the thread that calls [`Factory::get_vm`].
@@ -166,9 +163,7 @@ impl<'a> Factory<'a> {
         resize::check(&base, wanted.cpus, wanted.memory_mib)
             .map_err(|e| Error::Size { what: e.to_string() })?;
         let mut vm = self.base.get_base_vm(wanted.within)?;
-        if let Ok(qemu) = vm.watch() {
-            (self.born)(vm.dir(), qemu);
-        }
+        (self.born)(vm.birth());
         let agent = vm.wake().map_err(Error::Vm)?;
         vm.grow(&*agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
         Ok(Obtained { vm, agent, fallback: None })

@@ -9,7 +9,7 @@ use ttrpc::{Server, TtrpcContext};
 use super::cgroup::Cgroup;
 use super::failure::{Failure, Outcome};
 use super::sandbox::{with, Sandbox};
-use super::{copy, identity, listing, network, stats, PROTOCOL_VERSION};
+use super::{copy, identity, listing, network, stats, storage, PROTOCOL_VERSION};
 use crate::proto::agent::*;
 use crate::proto::agent_ttrpc::{self, AgentService};
 use crate::proto::empty::Empty;
@@ -246,6 +246,7 @@ impl AgentService for Agent {
         let details = AgentDetails {
             version: env!("CARGO_PKG_VERSION").to_string(),
             init_daemon: true,
+            storage_handlers: storage::handlers(),
             // By which a host tells it from Kata's.
             extra_features: vec![crate::transport::OWN_AGENT.to_string()],
             ..AgentDetails::default()

@@ -58,6 +58,14 @@ pub fn attach(s: &Storage, root: &Path) -> Outcome<PathBuf> {
     Ok(target)
 }
 
+/// Kata's names of what can be mounted here, as far as a host has to ask.
+pub fn handlers() -> Vec<String> {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let has = |kind: &str| known.lines().any(|l| l.split_whitespace().last() == Some(kind));
+    let all = [("9p", "9p"), ("virtiofs", "virtio-fs")];
+    all.iter().filter(|(kind, _)| has(kind)).map(|(_, name)| name.to_string()).collect()
+}
+
 /// Makes the directories that an overlay writes to.
 fn make_layers(options: &[String]) -> Outcome<()> {
     for option in options {

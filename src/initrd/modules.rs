@@ -20,7 +20,7 @@ const MAX_MODULE: u64 = 64 * 1024 * 1024;
 /// Modules that a guest can not do without: its bus and its serial ports.
 pub const NEEDED: [&str; 2] = ["virtio_pci", "virtio_console"];
 /// Modules that are packed where the kernel has them.
-pub const WANTED: [&str; 11] = [
+pub const WANTED: [&str; 13] = [
     "virtio_rng",
     "virtio_blk",
     "virtio_scsi",
@@ -30,6 +30,8 @@ pub const WANTED: [&str; 11] = [
     "vmw_vsock_virtio_transport",
     "overlay",
     "virtiofs",
+    "9p",
+    "9pnet_virtio",
     // ext4 asks for it by name when it mounts, which no list of dependencies says.
     "crc32c_generic",
     "ext4",

@@ -8,8 +8,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use nix::mount::{umount2, MntFlags};
+
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
+/// A root file system for one command, mounted in what the guest sees.
+const ROOT: &str = "vmcache-root";
 /// Tries to remove a directory to which others add files.
 const MORE_TRIES: usize = 8;
 
@@ -67,6 +71,12 @@ impl VmDir {
         DirBuilder::new().mode(0o700).create(self.path.join(SHARED))
     }
 
+    /// Where a root file system is mounted for the guest to see, in the directory
+    /// that QEMU itself shares with it; goes with the VM.
+    pub fn root(&self) -> PathBuf {
+        self.path.join(SHARED).join(ROOT)
+    }
+
     /// Gives ownership up: the directory stays when this is dropped.
     pub fn let_go(mut self) {
         self.let_go = true;
@@ -104,6 +114,10 @@ impl Drop for VmDir {
         if self.let_go {
             return;
         }
+        // Ours, and only one directory of the host seen a second time. What the guest
+        // may have put in its place is not followed.
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        let _ = umount2(&self.root(), flags);
         // A runtime may have left a root file system mounted there: what is removed
         // then is somebody's files.
         let all = self.more.iter().chain([&self.path]);

@@ -10,6 +10,7 @@
 use std::path::Path;
 
 use super::{Error, Guest, GUEST_ROOT, OWN_ROOT};
+use crate::hypervisor::qemu::argv::SHARE_TAG;
 use crate::proto::agent::Storage;
 use crate::proto::oci::Mount;
 use crate::proto::types::{IPAddress, IPFamily, Interface, Route};
@@ -42,6 +43,10 @@ pub(super) struct Attached {
 impl Attached {
     pub fn disks(&self) -> bool {
         !self.disks.is_empty()
+    }
+
+    pub fn layers(&self) -> bool {
+        !self.layers.is_empty()
     }
 
     pub fn resolvers(&self) -> bool {
@@ -86,6 +91,27 @@ pub(super) fn resolvers_mount() -> Mount {
     }
 }
 
+/// The storage driver and file system of that name.
+const NINE_P: &str = "9p";
+/// Bytes in one of its messages: with less, a file is read in many small steps.
+const NINE_P_SIZE: &str = "msize=262144";
+
+/// The command's root: what is below stays as it is.
+fn overlay(lower: &str) -> Storage {
+    Storage {
+        driver: "overlayfs".into(),
+        source: "overlay".into(),
+        fstype: "overlay".into(),
+        options: vec![
+            format!("lowerdir={lower}"),
+            format!("upperdir={LAYERS}/upper"),
+            format!("workdir={LAYERS}/work"),
+        ],
+        mount_point: GUEST_ROOT.into(),
+        ..Storage::default()
+    }
+}
+
 /// Where the guest sees a directory of the host, and what it writes above it.
 const LAYERS: &str = "/run/vmcache/layers";
 
@@ -104,29 +130,43 @@ impl Guest {
     ) -> Result<(), Error> {
         self.vm.share(directory, daemon, "auto", leased).map_err(Error::Attach)?;
         let lower = format!("{LAYERS}/lower");
-        self.attached.layers = vec![
-            Storage {
-                driver: "virtio-fs".into(),
-                source: TAG.into(),
-                fstype: "virtiofs".into(),
-                options: vec!["ro".into()],
-                mount_point: lower.clone(),
-                ..Storage::default()
-            },
-            Storage {
-                driver: "overlayfs".into(),
-                source: "overlay".into(),
-                fstype: "overlay".into(),
-                options: vec![
-                    format!("lowerdir={lower}"),
-                    format!("upperdir={LAYERS}/upper"),
-                    format!("workdir={LAYERS}/work"),
-                ],
-                mount_point: GUEST_ROOT.into(),
-                ..Storage::default()
-            },
-        ];
+        let bottom = Storage {
+            driver: "virtio-fs".into(),
+            source: TAG.into(),
+            fstype: "virtiofs".into(),
+            options: vec!["ro".into()],
+            mount_point: lower.clone(),
+            ..Storage::default()
+        };
+        self.attached.layers = vec![bottom, overlay(&lower)];
         Ok(())
+    }
+
+    /// The same by way of the directory that the VM has by 9p; false where the guest's
+    /// kernel has no 9p, or the directory can not be brought there.
+    ///
+    /// # Errors
+    /// [`Error::Agent`], and [`Error::Attach`]; the VM is then of no use.
+    pub fn bind_root(&mut self, directory: &Path) -> Result<bool, Error> {
+        let details = self.agent.guest_details().map_err(Error::Agent)?;
+        if !details.agent_details.storage_handlers.iter().any(|h| h == NINE_P) {
+            return Ok(false);
+        }
+        let Some(name) = self.vm.bind_share(directory).map_err(Error::Attach)? else {
+            return Ok(false);
+        };
+        let shared = format!("{LAYERS}/shared");
+        let options = ["ro", "trans=virtio", "version=9p2000.L", "cache=mmap", NINE_P_SIZE];
+        let bottom = Storage {
+            driver: NINE_P.into(),
+            source: SHARE_TAG.into(),
+            fstype: NINE_P.into(),
+            options: options.map(String::from).to_vec(),
+            mount_point: shared.clone(),
+            ..Storage::default()
+        };
+        self.attached.layers = vec![bottom, overlay(&format!("{shared}/{name}"))];
+        Ok(true)
     }
 
     /// Plugs a disk in, to be mounted when the next command is spawned. Its file

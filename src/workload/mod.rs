@@ -127,6 +127,9 @@ struct Note {
     /// Whether disks are mounted as long as the container exists.
     #[serde(default)]
     disks: bool,
+    /// Whether the root is, likewise.
+    #[serde(default)]
+    layers: bool,
     /// Whether the guest's resolvers are to be seen in that root.
     #[serde(default)]
     resolvers: bool,
@@ -215,6 +218,7 @@ impl Guest {
             container: container.to_string(),
             root: root.to_string(),
             disks: self.attached.disks(),
+            layers: self.attached.layers(),
             resolvers: self.attached.resolvers() && root != OWN_ROOT,
         };
         self.rooted(&note)?;
@@ -372,9 +376,9 @@ impl Guest {
     }
 
     /// Removes the workload's container, if it may go before the VM does: not
-    /// when it holds disks, which are then still wanted.
+    /// when it holds disks or its root, which are then still wanted.
     pub fn tidy(&self) {
-        if note(&self.vm).is_some_and(|n| !n.disks) {
+        if note(&self.vm).is_some_and(|n| !n.disks && !n.layers) {
             let _ = self.remove(MAIN);
         }
     }

@@ -182,6 +182,13 @@ fn containers(agent: &dyn Agent, steps: &mut Steps) {
     let listed = agent.process_list_container(CONTAINER, ListFormat::Json, &[]);
     let pids = listed.map(|j| serde_json::from_slice::<Vec<i32>>(&j).map_or(0, |l| l.len()));
     steps.push(("pids", pids.map_or_else(|e| said::<()>(Err(e)), |n| n.to_string())));
+    let listed = agent.process_list_container(CONTAINER, ListFormat::Table, &[]);
+    let table = listed.map(|t| {
+        let t = String::from_utf8_lossy(&t).into_owned();
+        let headed = t.lines().next().is_some_and(|l| l.contains("PID"));
+        format!("{headed} {}", t.lines().count())
+    });
+    steps.push(("table", table.unwrap_or_else(|e| said::<()>(Err(e)))));
     let stats = agent.stats_container(CONTAINER);
     let counted = stats.map(|s| s.cgroup_stats.pids_stats.current);
     steps.push(("stats", counted.map_or_else(|e| said::<()>(Err(e)), |n| n.to_string())));
@@ -271,7 +278,7 @@ fn network(agent: &dyn Agent, mac: &str, steps: &mut Steps) {
 /// The walk, in a VM of these options.
 pub fn walk(options: &Options, dir: &Dir) -> Steps {
     let config = Config::parse(Path::new("test.toml"), &options.text(&dir.0)).unwrap();
-    let (mut vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_, _| {}).unwrap();
+    let (mut vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_| {}).unwrap();
     let mut steps = Steps::default();
     let agent = &*agent;
     steps.push(("check", said(agent.check(LONG))));
@@ -290,6 +297,9 @@ pub fn walk(options: &Options, dir: &Dir) -> Steps {
     let grown = vm.grow(agent, &VmConfig::of(&config), Some(2), None);
     let grown = grown.map_or_else(|e| vmcache::report::chain(&e), |()| "ok".into());
     steps.push(("grow", grown));
+    // Its kernel hears of memory by ACPI, and has no file to be told by.
+    steps.push(("probe nothing", said(agent.mem_hotplug_by_probe(&[]))));
+    steps.push(("probe memory", said(agent.mem_hotplug_by_probe(&[1 << 30]))));
     containers(agent, &mut steps);
     processes(agent, &mut steps);
     limits(agent, &mut steps);
@@ -302,7 +312,7 @@ pub fn walk(options: &Options, dir: &Dir) -> Steps {
 }
 
 /// What our own agent answers, and Kata's but for what is named.
-const EXPECTED: [(&str, &str); 48] = [
+const EXPECTED: [(&str, &str); 51] = [
     ("check", "ok"),
     ("protocol", "0.0.1"),
     ("memory block", "134217728"),
@@ -313,6 +323,8 @@ const EXPECTED: [(&str, &str); 48] = [
     ("routes", "ok"),
     ("default route", "true"),
     ("grow", "ok"),
+    ("probe nothing", "ok"),
+    ("probe memory", "refused"),
     ("sandbox", "ok"),
     ("sandbox twice", "refused"),
     ("copy", "ok"),
@@ -324,6 +336,7 @@ const EXPECTED: [(&str, &str); 48] = [
     ("stdin", "6"),
     ("stdout again", "got hello\n"),
     ("pids", "1"),
+    ("table", "true 2"),
     ("stats", "1"),
     ("exec", "ok"),
     ("what was copied", "copied\n"),

@@ -17,6 +17,8 @@ use crate::conformance::{assert_walked, walk};
 use crate::daemon::{assert_nothing_left, prepared, text, vmcache, wait_for, Daemon, Dir, Options};
 use crate::transports::vsock_device;
 
+const KATA3_PARAMETERS: &str =
+    "kernel_params = \"cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1\"\n";
 const SOON: Duration = Duration::from_secs(30);
 
 fn named(variable: &str) -> PathBuf {
@@ -34,8 +36,7 @@ fn options(initrd: &str) -> Options {
 fn kata3() -> Options {
     let mut options = options("KATA3_INITRD");
     options.more_ours.push_str(&vsock_device(&prepared().unwrap()));
-    options.more_qemu =
-        "kernel_params = \"cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1\"\n".into();
+    options.more_qemu = KATA3_PARAMETERS.into();
     options
 }
 
@@ -56,8 +57,71 @@ fn kata1(proxy: &str) -> Options {
 #[ignore = "needs a kata-agent of 3.x: tests/interop/run"]
 fn kata_agent_of_version_3() {
     let dir = Dir::new();
-    let but = [("pids", "unsupported"), ("killed", "9"), ("main killed", "9")];
-    assert_walked(&walk(&kata3(), &dir), &but);
+    assert_walked(&walk(&kata3(), &dir), &KATA3_DIFFERS);
+}
+
+/// Runs a case in a VM that has the vsock of a host's kernel, where this machine has
+/// none; whether it did.
+fn elsewhere(case: &str, initrd: &Path) -> bool {
+    if Path::new("/dev/vhost-vsock").exists() {
+        return false;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nested/run");
+    let status = Command::new(script)
+        .arg(prepared().unwrap())
+        .arg(env!("CARGO_BIN_EXE_vmcache"))
+        .arg(std::env::current_exe().unwrap())
+        .arg(format!("interop::{case}"))
+        .arg(initrd)
+        .status()
+        .unwrap();
+    assert!(status.success(), "{case} in a VM");
+    true
+}
+
+/// Walks an agent over the vsock of the host's kernel.
+fn walk_over_vsock(case: &str, initrd: PathBuf, more_qemu: &str, but: &[(&str, &str)]) {
+    if elsewhere(case, &initrd) {
+        return;
+    }
+    let mut options = Options::pool(&prepared().unwrap(), 1);
+    options.initrd = initrd.display().to_string();
+    options.memory = 512;
+    options.timeout = 600;
+    options.more_qemu = more_qemu.into();
+    options.more_ours.push_str("transport = \"vsock\"\n");
+    assert_walked(&walk(&options, &Dir::new()), but);
+}
+
+/// The guest's initramfs: the VM's own one when this runs there.
+fn here_or(variable: &str) -> PathBuf {
+    std::env::var_os("NESTED_INITRD").map_or_else(|| named(variable), PathBuf::from)
+}
+
+const KATA3_DIFFERS: [(&str, &str); 4] =
+    [("pids", "unsupported"), ("table", "unsupported"), ("killed", "9"), ("main killed", "9")];
+
+#[test]
+#[ignore = "takes minutes: tests/interop/run"]
+fn our_agent_over_vsock() {
+    let own = prepared().unwrap().join("initramfs.img");
+    let initrd = std::env::var_os("NESTED_INITRD").map_or(own, PathBuf::from);
+    walk_over_vsock("our_agent_over_vsock", initrd, "", &[]);
+}
+
+#[test]
+#[ignore = "needs a kata-agent of 3.x: tests/interop/run"]
+fn kata_agent_of_version_3_over_vsock() {
+    let case = "kata_agent_of_version_3_over_vsock";
+    walk_over_vsock(case, here_or("KATA3_INITRD"), KATA3_PARAMETERS, &KATA3_DIFFERS);
+}
+
+#[test]
+#[ignore = "needs a kata-agent of 1.x: tests/interop/run"]
+fn kata_agent_of_version_1_over_vsock() {
+    let case = "kata_agent_of_version_1_over_vsock";
+    let more = "kernel_params = \"agent.use_vsock=true\"\n[agent.kata]\nprotocol = \"grpc\"\n";
+    walk_over_vsock(case, here_or("KATA1_INITRD"), more, &[]);
 }
 
 #[test]
@@ -122,7 +186,7 @@ fn hyperstart() {
     let mut options = options("HYPERSTART_INITRD");
     options.more_ours.push_str("agent = \"hyperstart\"\n");
     let config = Config::parse(Path::new("test.toml"), &options.text(&dir.0)).unwrap();
-    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_, _| {}).unwrap();
+    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_| {}).unwrap();
     assert_eq!(agent.version().unwrap().0, "4244");
     let sandbox = CreateSandboxRequest { hostname: "h".into(), ..Default::default() };
     agent.start_sandbox(sandbox).unwrap();

@@ -8,8 +8,9 @@ use serde_json::Value;
 use vmcache::factory::grpccache::GrpcCache;
 use vmcache::vm::wire::from_wire;
 
-use crate::daemon::{assert_nothing_left, text, wait_for, Daemon, Options, LONG};
+use crate::daemon::{assert_nothing_left, mounts, text, wait_for, Daemon, Options, LONG};
 use crate::require_qemu;
+use crate::templates::{cloning, in_memory};
 
 /// In Debian 12's qemu-system-common.
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
@@ -18,6 +19,22 @@ fn options(prepared: &Path, pool: usize) -> Options {
     assert!(Path::new(VIRTIOFSD).exists(), "no {VIRTIOFSD}: use tests/run");
     let mut options = Options::pool(prepared, pool);
     options.more_qemu = format!("shared_fs = \"virtio-fs\"\nvirtio_fs_daemon = {VIRTIOFSD:?}\n");
+    options
+}
+
+fn kill(pid: i32) {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+}
+
+/// VMs with Debian's generic kernel, which has 9p, and a directory that QEMU serves.
+fn options_9p(prepared: &Path) -> Options {
+    let mut options = Options::pool(prepared, 1);
+    options.kernel = prepared.join("generic/boot/kernel").display().to_string();
+    options.initrd = prepared.join("generic/initramfs.img").display().to_string();
+    assert!(Path::new(&options.initrd).exists(), "no {}: use tests/run", options.initrd);
+    options.more_qemu = "shared_fs = \"virtio-9p\"\n".into();
+    options.memory = 384;
     options
 }
 
@@ -38,10 +55,18 @@ fn serving(dir: &Path) -> Vec<i32> {
 #[test]
 fn a_root_is_seen_and_not_copied_and_stays_as_it_is() {
     let prepared = require_qemu!();
-    let root = prepared.join("debian");
     let mut options = options(&prepared, 1);
     options.memory = 512;
     let d = Daemon::start(&options);
+    a_root_is_as_it_is(&d, &prepared.join("debian"));
+    let dir = d.quit();
+    let gone = || serving(&dir.0).is_empty() && serving(&prepared.join("debian")).is_empty();
+    wait_for("the end of virtiofsd", gone);
+    assert_nothing_left(&dir.0);
+}
+
+/// Runs a command in this root, which is there whole, and unchanged after.
+fn a_root_is_as_it_is(d: &Daemon, root: &Path) {
     let before = fs::metadata(root.join("etc")).unwrap().mtime();
     let script = "grep -c ^Package: /var/lib/dpkg/status; perl -e 'print 6*7, qq(\\n)'; \
                   echo new > /etc/new && cat /etc/new; rm /etc/passwd && echo removed; \
@@ -56,10 +81,37 @@ fn a_root_is_seen_and_not_copied_and_stays_as_it_is() {
     assert_eq!(said, (Some(0), want), "{}{}", text(&out.stderr), d.log());
     assert!(root.join("etc/passwd").exists() && !root.join("etc/new").exists());
     assert_eq!(fs::metadata(root.join("etc")).unwrap().mtime(), before);
-    let dir = d.quit();
-    let gone = || serving(&dir.0).is_empty() && serving(&root).is_empty();
-    wait_for("the end of virtiofsd", gone);
-    assert_nothing_left(&dir.0);
+}
+
+/// By 9p clones see it, too; the mount goes with the VM, however that goes.
+#[test]
+fn a_root_is_seen_by_9p_and_goes_with_its_vm() {
+    let prepared = require_qemu!();
+    let root = prepared.join("debian");
+    let dir = in_memory("9p");
+    let options = cloning(options_9p(&prepared), &dir);
+    let d = Daemon::start(&options);
+    a_root_is_as_it_is(&d, &root);
+    assert!(mounts(&d.store()).is_empty(), "{:?}", mounts(&d.store()));
+    let arguments =
+        ["run", "--keep", "--rootfs", root.to_str().unwrap(), "--", "cat", "/etc/issue"];
+    let out = d.output(&arguments);
+    assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stderr), d.log());
+    let id = text(&out.stderr).trim().to_string();
+    let place = d.store().join(&id).join("shared/vmcache-root");
+    assert_eq!(mounts(&d.store()), [place.clone()]);
+    // The guest is root there, and the host's files stay as they are.
+    let write = fs::write(place.join("etc/vmcache-was-here"), "");
+    assert_eq!(write.unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    let again = d.output(&["exec", &id, "--", "cat", "/etc/issue"]);
+    assert!(again.status.success() && again.stdout == out.stdout, "{}", text(&again.stderr));
+    // One that is killed is swept by its server.
+    let ledger: Value =
+        serde_json::from_slice(&fs::read(d.store().join(&id).join("vm.json")).unwrap()).unwrap();
+    kill(ledger["pid"].as_i64().unwrap() as i32);
+    wait_for("the end of the mount", || mounts(&d.store()).is_empty());
+    assert!(root.join("etc/issue").exists());
+    assert_nothing_left(&d.quit().0);
 }
 
 #[test]
@@ -70,10 +122,7 @@ fn a_vm_goes_with_what_serves_it_and_the_other_way_round() {
     assert!(!serving(&d.store()).is_empty());
     // One that loses its file server is of no use to anybody.
     for pid in serving(&d.store()) {
-        let _ = nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(pid),
-            nix::sys::signal::Signal::SIGKILL,
-        );
+        kill(pid);
     }
     d.wait_log("vm-died", 1);
     d.wait_ready(1);

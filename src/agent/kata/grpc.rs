@@ -23,7 +23,7 @@ use super::super::address::Address;
 use super::super::link::{Link, Slot};
 use super::super::seat::{self, Capabilities, Channel, ProxyCommand, Seat};
 use super::super::{Agent, Error, Kind, ListFormat, Outcome, ProcessId, PS_ARGS};
-use super::{version_1, ANSWERING, CALL, CAPABILITIES, MUX_SOCKET};
+use super::{version_1, ANSWERING, CALL, CAPABILITIES, MUX_SOCKET, START};
 use crate::process::attendant::{Attendant, Role};
 use crate::proto::agent::*;
 use crate::proto::health::CheckRequest;
@@ -245,12 +245,12 @@ impl Agent for Kata1Agent {
         if let Some(spec) = r.OCI.as_mut() {
             version_1::adapt(spec)?;
         }
-        nothing("CreateContainer", self.link()?.agent.create_container_opt(&r, quick()))
+        nothing("CreateContainer", self.link()?.agent.create_container_opt(&r, within(START)))
     }
 
     fn start_container(&self, container: &str) -> Outcome<()> {
         let r = request!(StartContainerRequest { container_id: container.into() });
-        nothing("StartContainer", self.link()?.agent.start_container_opt(&r, quick()))
+        nothing("StartContainer", self.link()?.agent.start_container_opt(&r, within(START)))
     }
 
     fn stop_container(&self, container: &str, time: Duration) -> Outcome<()> {
@@ -310,7 +310,7 @@ impl Agent for Kata1Agent {
             exec_id: id.exec.clone(),
             process: Some(process).into(),
         });
-        nothing("ExecProcess", self.link()?.agent.exec_process_opt(&r, quick()))
+        nothing("ExecProcess", self.link()?.agent.exec_process_opt(&r, within(START)))
     }
 
     fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()> {

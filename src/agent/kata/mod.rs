@@ -21,6 +21,10 @@ use crate::hypervisor::qemu::argv::AGENT_PORTS;
 /// Deadline of a call that does not wait for a process.
 pub const CALL: Duration = Duration::from_secs(30);
 
+/// Deadline of one that starts a process, for which a guest may have to read or
+/// translate much: what Kata's runtimes allow.
+const START: Duration = Duration::from_secs(60);
+
 /// What an agent has beyond the time that a request allows it.
 const ANSWERING: Duration = Duration::from_secs(5);
 

@@ -19,7 +19,7 @@ use super::super::address::Address;
 use super::super::link::{Link, Slot};
 use super::super::seat::{self, Capabilities, Channel, Seat};
 use super::super::{Agent, Error, Kind, ListFormat, Outcome, ProcessId, Stream, PATIENCE};
-use super::{ANSWERING, CALL, CAPABILITIES};
+use super::{ANSWERING, CALL, CAPABILITIES, START};
 use crate::proto::agent::*;
 use crate::proto::agent_ttrpc::AgentServiceClient;
 use crate::proto::health::{CheckRequest, HealthCheckResponse};
@@ -228,12 +228,12 @@ impl Agent for KataAgent {
     }
 
     fn create_container(&self, r: CreateContainerRequest) -> Outcome<()> {
-        nothing("CreateContainer", self.link()?.agent.create_container(quick(), &r))
+        nothing("CreateContainer", self.link()?.agent.create_container(with_duration(START), &r))
     }
 
     fn start_container(&self, container: &str) -> Outcome<()> {
         let r = request!(StartContainerRequest { container_id: container.into() });
-        nothing("StartContainer", self.link()?.agent.start_container(quick(), &r))
+        nothing("StartContainer", self.link()?.agent.start_container(with_duration(START), &r))
     }
 
     fn stop_container(&self, container: &str, within: Duration) -> Outcome<()> {
@@ -250,7 +250,7 @@ impl Agent for KataAgent {
             exec_id: id.exec.clone(),
             process: Some(process).into(),
         });
-        nothing("ExecProcess", self.link()?.agent.exec_process(quick(), &r))
+        nothing("ExecProcess", self.link()?.agent.exec_process(with_duration(START), &r))
     }
 
     fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()> {

@@ -160,7 +160,7 @@ fn runs(server: &GrpcCache, n: usize, m: &mut Measured) -> Result<(), Failure> {
 fn cold(config: &Config, n: usize, m: &mut Measured) -> Result<(), Failure> {
     for _ in 0..n {
         let start = Instant::now();
-        let (vm, agent) = direct::cold(config, &Wanted::default(), true, &|_, _| {})?;
+        let (vm, agent) = direct::cold(config, &Wanted::default(), true, &|_| {})?;
         let guest = Guest::new(vm, agent);
         guest.spawn(&Command::new("/sbin/vmcache-agent").arg("--version"))?.wait()?;
         m.cold.add(start.elapsed());

@@ -48,7 +48,7 @@ pub fn bench(config: Config, b: &Bench, clones: usize) -> Result<u8, Failure> {
     let config = Arc::new(config);
     let template = Arc::new(Template::new(&config));
     let progress = Progress::start("making the template");
-    template.create(&mut |_, _| {})?;
+    template.create(&mut |_| {})?;
     drop(progress);
     let booting = Arc::new(config.giving_back(false)?);
     let giving = config.giving_back(true)?;
@@ -58,11 +58,11 @@ pub fn bench(config: Config, b: &Bench, clones: usize) -> Result<u8, Failure> {
     // In turn, so that what else the machine does is shared evenly.
     for n in 0..clones.max(b.cold) {
         if n < b.cold {
-            direct.make(|| boot(&booting, &PURPOSE, &mut |_, _| {}))?;
-            given.make(|| boot(&giving, &PURPOSE, &mut |_, _| {}))?;
+            direct.make(|| boot(&booting, &PURPOSE, &mut |_| {}))?;
+            given.make(|| boot(&giving, &PURPOSE, &mut |_| {}))?;
         }
         if n < clones {
-            cloned.make(|| template.clone_vm(&PURPOSE, &mut |_, _| {}))?;
+            cloned.make(|| template.clone_vm(&PURPOSE, &mut |_| {}))?;
         }
     }
     // What the template itself takes, mapped by clones or not.
@@ -81,8 +81,8 @@ pub fn bench(config: Config, b: &Bench, clones: usize) -> Result<u8, Failure> {
     drop(progress);
     let progress = Progress::start("booting and cloning, four at once");
     let cloning = template;
-    direct.at_once = Some(at_once(move || boot(&booting, &PURPOSE, &mut |_, _| {}).map(drop))?);
-    let clone = move || cloning.clone_vm(&PURPOSE, &mut |_, _| {}).map(drop);
+    direct.at_once = Some(at_once(move || boot(&booting, &PURPOSE, &mut |_| {}).map(drop))?);
+    let clone = move || cloning.clone_vm(&PURPOSE, &mut |_| {}).map(drop);
     cloned.at_once = Some(at_once(clone)?);
     drop(progress);
     report(b, &direct, &given, &cloned, kept);

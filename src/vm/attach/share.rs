@@ -1,21 +1,27 @@
-//! A directory of the host that a running VM gets to see: a virtiofsd serves it,
-//! and the VM gets a device for it.
+//! A directory of the host that a running VM gets to see. With `shared_fs =
+//! "virtio-fs"`, a virtiofsd serves it, and the VM gets a device for it; with
+//! `"virtio-9p"`, for which QEMU takes no further device while it runs, it is
+//! mounted in the directory that QEMU shares already.
 //!
-//! Invariants: the virtiofsd is an attendant of the VM, confined by itself to that
-//! directory (its namespaces and system call filter), and goes with the VM; QEMU's
-//! memory must be shared with it, so this is for VMs made with `shared_fs =
-//! "virtio-fs"` only.
+//! Invariants: a virtiofsd is an attendant of the VM, confined by itself to that
+//! directory (its namespaces and system call filter), and goes with the VM, as the
+//! mount does; the mount is read-only, since QEMU writes as itself what a guest asks
+//! for.
 //!
-//! Does not: keep the guest from writing there: who mounts it in the guest does.
+//! Does not: keep the guest from writing through virtio-fs: who mounts it in the
+//! guest does.
 
 use std::ffi::OsString;
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::after;
+use nix::errno::Errno;
+use nix::mount::{mount, umount2, MntFlags, MsFlags};
 
 use super::super::Vm;
 use super::Error;
@@ -96,5 +102,42 @@ impl Vm {
         self.ledger.serve(self.dir.path(), record).map_err(|e| failed(e.to_string()))?;
         let what = || format!("directory {}", directory.display());
         self.plug(&what, |qmp| devices::add_share(qmp, &socket, TAG)).map(|_| ())
+    }
+
+    /// Lets the guest see a directory in the one that it has by 9p, read-only and
+    /// without what is mounted in it: where, below that; `None` where this process
+    /// may not mount, or QEMU would not see it.
+    ///
+    /// # Errors
+    /// [`Error::Share`]; the VM is as it was.
+    pub fn bind_share(&mut self, directory: &Path) -> Result<Option<String>, Error> {
+        let failed = |why: String| Error::Share { path: directory.to_path_buf(), why };
+        let place = self.dir.root();
+        let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // New, so that nothing leads elsewhere.
+        fs::create_dir(&place).map_err(|e| failed(format!("make {}: {e}", place.display())))?;
+        let none = None::<&str>;
+        let bind = MsFlags::MS_BIND;
+        match mount(Some(directory), &place, none, bind, none) {
+            Ok(()) => {}
+            Err(Errno::EPERM) => return Ok(None),
+            Err(e) => return Err(failed(format!("mount it on {}: {e}", place.display()))),
+        }
+        let undo = || umount2(&place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        let flags = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        if let Err(e) = mount(none, &place, none, flags, none) {
+            let _ = undo();
+            return Err(failed(format!("make {} read-only: {e}", place.display())));
+        }
+        // QEMU may live among other mounts, to which this one does not get through.
+        let qemus = Path::new("/proc").join(self.pid().to_string()).join("root");
+        let seen = qemus.join(place.strip_prefix("/").unwrap_or(&place));
+        let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        let both = (fs::metadata(seen), fs::metadata(directory));
+        if !matches!(&both, (Ok(a), Ok(b)) if same(a, b)) {
+            let _ = undo();
+            return Ok(None);
+        }
+        Ok(Some(name))
     }
 }
