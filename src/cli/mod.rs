@@ -91,18 +91,31 @@ fn dispatch(cli: Cli) -> Outcome {
     }
 }
 
-fn serve(common: &Common) -> Outcome {
+/// The configuration of a server.
+fn served(common: &Common) -> Result<Config, ConfigError> {
     let config = Config::load(common.config.as_deref())?;
-    let config = match &common.endpoint {
-        Some(endpoint) => config.at_endpoint(endpoint)?,
-        None => config,
-    };
+    match &common.endpoint {
+        Some(endpoint) => config.at_endpoint(endpoint),
+        None => Ok(config),
+    }
+}
+
+fn serve(common: &Common) -> Outcome {
+    let config = served(common)?;
     if config.pool == 0 {
         let place = config.place(options::FACTORY, "vm_cache_number");
         println!("VMCache is off: vm_cache_number is 0 or not set ({place})");
         return Ok(0);
     }
-    crate::server::serve(config)?;
+    let own = common.clone();
+    let again = move || {
+        let config = served(&own).and_then(|c| c.check_files().map(|()| c));
+        match config.map_err(|e| crate::report::chain(&e))?.pool {
+            0 => Err("vm_cache_number is 0: to switch the pool off, stop the server".into()),
+            _ => Ok(()),
+        }
+    };
+    crate::server::serve(config, std::sync::Arc::new(again))?;
     Ok(0)
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
 
+use super::cache::pool::RESTARTING;
 use super::{BaseFactory, VmStatus};
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
@@ -200,8 +201,20 @@ impl GrpcCache {
 
     /// GetBaseVM, as it came: whoever calls this owns a VM that is not held by
     /// any value. For measuring; everyone else wants [`BaseFactory::get_base_vm`].
+    /// A server that restarts meanwhile is asked again.
     pub fn claim_raw(&self, within: Option<Duration>) -> Result<GrpcVM, Error> {
         let since = Instant::now();
+        let mut claimed = self.claim_once(since, within);
+        while matches!(&claimed, Err(Error::Stopping { text, .. }) if text == RESTARTING) {
+            let left = within.map(|w| w.saturating_sub(since.elapsed()));
+            // Its socket has stayed: who connects waits for the next one to accept.
+            let again = GrpcCache::connect(&self.endpoint)?;
+            claimed = GrpcCache { lease: self.lease, ..again }.claim_once(since, left);
+        }
+        claimed
+    }
+
+    fn claim_once(&self, since: Instant, within: Option<Duration>) -> Result<GrpcVM, Error> {
         let mut option = CallOption::default();
         if let Some(within) = within {
             option = option.timeout(within);

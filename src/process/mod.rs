@@ -22,7 +22,7 @@ use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::pipe2;
 
 use crate::sys::process::{
-    own_session, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
+    own_session, parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
 };
 
 /// Bytes of its output that an error carries, the last ones.
@@ -113,7 +113,9 @@ impl Process {
         if start_time(pid) != Some(started) {
             return Err(io::Error::other(format!("pid {pid} is another process now")));
         }
-        Ok(Process { pid, start_time: started, pidfd, output: None, child: false, let_go: false })
+        // Started before this process executed another program in its place.
+        let child = parent(pid) == Some(std::process::id() as i32);
+        Ok(Process { pid, start_time: started, pidfd, output: None, child, let_go: false })
     }
 
     /// Whether it bears such a name: an argument that is, or begins with it and a

@@ -12,7 +12,7 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,8 @@ use std::time::Duration;
 
 use grpcio::Server;
 use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
@@ -98,7 +100,7 @@ impl error::Error for Error {
 /// The right to an endpoint, held by one server at a time.
 pub struct Lock {
     endpoint: PathBuf,
-    _file: Flock<File>,
+    file: Flock<File>,
 }
 
 impl Lock {
@@ -135,7 +137,23 @@ impl Lock {
         file.set_len(0)
             .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
             .map_err(failed)?;
-        Ok(Lock { endpoint: endpoint.to_path_buf(), _file: file })
+        Ok(Lock { endpoint: endpoint.to_path_buf(), file })
+    }
+
+    /// The one that this process had before it executed its program anew.
+    ///
+    /// # Errors
+    /// As flock(2).
+    pub fn inherit(endpoint: &Path, file: File) -> Result<Lock, Error> {
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| {
+            Error::Io { during: "lock", path: beside(endpoint, "lock"), source: e.into() }
+        })?;
+        Ok(Lock { endpoint: endpoint.to_path_buf(), file })
+    }
+
+    /// Its file, locked.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Removes a stale socket and puts a new one in its place.
@@ -218,15 +236,15 @@ impl Peers {
 
 /// The thread that accepts.
 pub struct Accepting {
-    socket: OwnedFd,
-    thread: Worker<Server>,
+    stop: Arc<EventFd>,
+    thread: Worker<(Server, UnixListener)>,
 }
 
 impl Accepting {
-    /// Stops accepting and gives the gRPC server back.
-    pub fn stop(self, within: Duration) -> Option<Server> {
-        let _ =
-            nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+    /// Stops accepting and gives the gRPC server back, and the socket, in whose queue
+    /// whoever connects now waits.
+    pub fn stop(self, within: Duration) -> Option<(Server, UnixListener)> {
+        let _ = self.stop.write(1);
         self.thread.join(within).map_err(|e| log::error!("stop: {e}")).ok()
     }
 }
@@ -241,27 +259,31 @@ pub fn accept(
     peers: Peers,
 ) -> Result<Accepting, Error> {
     server.start();
-    let socket = listener.try_clone().map_err(|source| Error::Io {
-        during: "duplicate the socket of",
-        path: PathBuf::new(),
-        source,
-    })?;
-    let thread = Worker::spawn("vmc-accept", move || {
-        loop {
-            match listener.accept() {
-                Ok((stream, _)) => admit(stream, &mut server, &peers),
-                // The socket was shut down.
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => return server,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    log::error!("accept a connection: {e}");
-                    pause();
-                }
+    let failed = |source| Error::Io { during: "watch", path: PathBuf::new(), source };
+    // A connection that has gone again must not hold this thread.
+    listener.set_nonblocking(true).map_err(failed)?;
+    let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| failed(e.into()))?;
+    let stop = Arc::new(stop);
+    let stopped = Arc::clone(&stop);
+    let thread = Worker::spawn("vmc-accept", move || loop {
+        let mut fds = [&*stopped as &dyn AsFd, &listener]
+            .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        if fds[0].any().unwrap_or(true) {
+            return (server, listener);
+        }
+        match listener.accept() {
+            Ok((stream, _)) => admit(stream, &mut server, &peers),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                log::error!("accept a connection: {e}");
+                pause();
             }
         }
     })
     .map_err(Error::Thread)?;
-    Ok(Accepting { socket: socket.into(), thread })
+    Ok(Accepting { stop, thread })
 }
 
 #[allow(clippy::disallowed_methods)] // Nothing tells when fds are to be had again.

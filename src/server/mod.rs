@@ -11,6 +11,8 @@
 //! Invariants: one server for an endpoint; when [`serve`] returns, its socket
 //! and all VMs that were not handed out are gone.
 
+pub mod adopt;
+pub mod handover;
 pub mod listener;
 pub mod notify;
 pub mod service;
@@ -27,8 +29,9 @@ use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 
 use crate::config::{self, Config};
 use crate::factory::cache::driver::Driver;
-use crate::factory::cache::pool::{Event, Pool};
+use crate::factory::cache::pool::{Event, Pool, Stop};
 use crate::worker::{self, Worker};
+use handover::Inherited;
 use listener::{Lock, Peers};
 
 /// How long the driver may take to stop.
@@ -54,6 +57,8 @@ pub enum Error {
     Store { path: std::path::PathBuf, source: io::Error },
     /// gRPC did not start.
     Rpc(String),
+    /// The program could not be executed again.
+    Restart(io::Error),
 }
 
 impl fmt::Display for Error {
@@ -67,6 +72,9 @@ impl fmt::Display for Error {
                 "use vm_store_path {}: it must be a directory that this user can write",
                 path.display()
             ),
+            Error::Restart(_) => f.write_str(
+                "restart: this server has ended, and left its VMs; `vmcache serve` takes them over",
+            ),
             Error::Rpc(text) => write!(f, "start gRPC: {text}"),
         }
     }
@@ -78,17 +86,20 @@ impl error::Error for Error {
             Error::Config(e) => Some(e),
             Error::Listen(e) => Some(e),
             Error::Thread(e) => Some(e),
-            Error::Store { source, .. } => Some(source),
+            Error::Store { source, .. } | Error::Restart(source) => Some(source),
             Error::Rpc(_) => None,
         }
     }
 }
 
-/// Runs a server until a signal or Quit stops it.
+/// Runs a server until a signal or Quit stops it. `again` is asked before a restart,
+/// which executes the same program with the same arguments.
 ///
 /// # Errors
-/// When it can not start; nothing is then left behind.
-pub fn serve(config: Config) -> Result<(), Error> {
+/// When it can not start, with nothing left behind; or not restart, when VMs are left
+/// for the next server.
+pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
+    let program = handover::program().map_err(Error::Restart)?;
     config.check_files().map_err(Error::Config)?;
     for line in &config.warnings {
         log::warn!("{line}");
@@ -96,15 +107,20 @@ pub fn serve(config: Config) -> Result<(), Error> {
     // Before any thread, so that all of them leave the signals to one.
     let signals = signals::block().map_err(|e| Error::Rpc(e.to_string()))?;
     let endpoint = config.endpoint();
-    let lock = Lock::take(&endpoint).map_err(Error::Listen)?;
+    let (lock, inherited) = match Inherited::take() {
+        Some(Inherited { lock, socket }) => (Lock::inherit(&endpoint, lock), Some(socket)),
+        None => (Lock::take(&endpoint), None),
+    };
+    let lock = lock.map_err(Error::Listen)?;
     let store = config.store();
 
     let config = Arc::new(config);
     let (pool, ends) = Pool::new();
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
-    let handed = sweep::sweep(&store, &endpoint);
-    let handed = handed.map_err(|source| Error::Store { path: store, source })?;
-    handed.into_iter().for_each(|vm| driver.inherit(vm));
+    let kept = sweep::sweep(&config);
+    let kept = kept.map_err(|source| Error::Store { path: store, source })?;
+    kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
+    kept.ready.into_iter().for_each(|ready| driver.adopt(ready));
     let peers = Peers::default();
     let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
     let arguments = ChannelBuilder::new(Arc::clone(&environment))
@@ -118,11 +134,11 @@ pub fn serve(config: Config) -> Result<(), Error> {
         .register_service(service::control(&config, &pool))
         .build()
         .map_err(|e| Error::Rpc(e.to_string()))?;
-    let accepting = lock
-        .listen(&config)
+    let accepting = inherited
+        .map_or_else(|| lock.listen(&config), Ok)
         .and_then(|socket| listener::accept(socket, server, peers))
         .map_err(Error::Listen)?;
-    signals.forward(&pool).map_err(Error::Thread)?;
+    signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;
     log::info!(
         "server-started: {} VMs of {} CPUs and {} MiB will be kept ready at {}",
@@ -137,22 +153,28 @@ pub fn serve(config: Config) -> Result<(), Error> {
     let _ = driver.done().recv();
     notify::state("STOPPING=1");
     pool.close();
-    let why = match driver.join(STOP) {
-        Ok(why) => why,
+    let Stop { why, leave } = match driver.join(STOP) {
+        Ok(stop) => stop,
         Err(e) => {
             log::error!("{e}; VMs that were not handed out are swept at the next start");
-            "a fault".into()
+            Stop { why: "a fault".into(), leave: false }
         }
     };
     log::info!("server-stopping: {why}");
-    let served = accepting.stop(JOIN);
-    if let Some(mut server) = served {
+    let mut socket = None;
+    if let Some((mut server, listener)) = accepting.stop(JOIN) {
+        socket = Some(listener);
         // Answers that are on their way arrive; calls that still wait are cancelled.
         let finished = server.shutdown();
         server.cancel_all_calls();
         let _ = Worker::spawn("vmc-shutdown", move || futures_executor::block_on(finished))
             .and_then(|w| w.join(JOIN).map(|_| ()));
         drop(server);
+    }
+    if let (true, Some(socket)) = (leave, socket) {
+        log::info!("server-restarting: executing {}", program.display());
+        let e = handover::execute(&program, lock.file(), &socket.into());
+        return Err(Error::Restart(e));
     }
     lock.release();
     log::info!("server-stopped");
@@ -161,5 +183,18 @@ pub fn serve(config: Config) -> Result<(), Error> {
 
 /// Tells the driver to stop.
 pub fn stop(pool: &Pool, why: &str) {
-    pool.tell(Event::Stop { why: why.to_string() });
+    pool.tell(Event::Stop(Stop { why: why.to_string(), leave: false }));
+}
+
+/// Asked before a restart: whether a server that is started now would come up.
+pub type Again = dyn Fn() -> Result<(), String> + Send + Sync;
+
+/// Tells the driver to stop for a restart in place, unless that would fail.
+///
+/// # Errors
+/// Why it would, a sentence; nothing has changed then.
+pub fn restart(pool: &Pool, again: &Again, why: &str) -> Result<(), String> {
+    again()?;
+    pool.tell(Event::Stop(Stop { why: format!("restart: {why}"), leave: true }));
+    Ok(())
 }

@@ -149,17 +149,20 @@ fn claim(ctx: &RpcContext<'_>, call: Call, pool: &Arc<Pool>, peers: &Peers) {
         let code = RpcStatusCode::PERMISSION_DENIED;
         return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
     };
+    let pool = Arc::clone(pool);
     if pool.closing() {
-        return ctx.spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await });
+        return ctx
+            .spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await });
     }
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
     let Peer { pid, start_time, uid } = peer;
     let owner = Owner { pid, start_time, uid, lease };
-    let pool = Arc::clone(pool);
     match pool.take() {
         Some(ready) => ctx.spawn(async move { deliver(call, ready, owner, &pool, false).await }),
         None if pool.closing() => {
-            ctx.spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await });
+            ctx.spawn(
+                async move { call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await },
+            );
         }
         None => {
             let place = pool.stand_in_line();
@@ -167,9 +170,6 @@ fn claim(ctx: &RpcContext<'_>, call: Call, pool: &Arc<Pool>, peers: &Peers) {
         }
     }
 }
-
-/// Told to claims that can not be served any more.
-const STOPPING: &str = "the server is stopping";
 
 /// Waits in line, until there is an answer or the client has gone.
 async fn wait(mut call: Call, place: &Arc<Place>, owner: Owner, pool: &Pool) {
@@ -187,7 +187,7 @@ async fn wait(mut call: Call, place: &Arc<Place>, owner: Owner, pool: &Pool) {
     .await;
     match answer.or_else(|| place.leave().map(Answer::returned)) {
         Some(Answer::Vm(ready)) => deliver(call, ready, owner, pool, true).await,
-        Some(Answer::Closing) => call.refuse(RpcStatusCode::UNAVAILABLE, STOPPING).await,
+        Some(Answer::Closing) => call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await,
         // Nobody has seen this VM: it is as good as new.
         Some(Answer::Returned(ready)) => pool.tell(Event::Returned(ready)),
         None => pool.tell(Event::Gone(Arc::clone(place))),

@@ -1,10 +1,11 @@
-//! SIGTERM, SIGINT and SIGHUP become an event of the driver.
+//! SIGTERM and SIGINT stop the server, SIGUSR2 restarts it: events of the driver.
 
 use std::io;
 use std::sync::Arc;
 
 use nix::sys::signal::{SigSet, Signal};
 
+use super::Again;
 use crate::factory::cache::pool::Pool;
 use crate::worker::{self, Worker};
 
@@ -17,7 +18,7 @@ pub struct Signals(SigSet);
 /// As pthread_sigmask(3).
 pub fn block() -> io::Result<Signals> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR2] {
         set.add(signal);
     }
     set.thread_block()?;
@@ -29,12 +30,17 @@ impl Signals {
     ///
     /// # Errors
     /// When there is no thread.
-    pub fn forward(self, pool: &Arc<Pool>) -> Result<(), worker::Error> {
+    pub fn forward(self, pool: &Arc<Pool>, again: Arc<Again>) -> Result<(), worker::Error> {
         let pool = Arc::clone(pool);
         Worker::spawn("vmc-signals", move || loop {
             match self.0.wait() {
                 Ok(Signal::SIGHUP) => {
                     log::warn!("SIGHUP: this version does not reload; restart it to change its configuration");
+                }
+                Ok(Signal::SIGUSR2) => {
+                    if let Err(why) = super::restart(&pool, &*again, "SIGUSR2") {
+                        log::error!("restart-refused: {why}; this server goes on");
+                    }
                 }
                 Ok(signal) => super::stop(&pool, signal.as_str()),
                 Err(e) => log::warn!("wait for signals: {e}"),

@@ -2,12 +2,11 @@
 //!
 //! Of this endpoint's VMs, those that a client has are given back, so that the
 //! new server follows them as the old one did: they end with the process that
-//! leases them, and their directories go when they end. All others (never
-//! handed out, or handed to a process that is gone before it can have used
-//! them) are killed and their directories removed. Of other owners' VMs, only
+//! leases them, and their directories go when they end. Those that stood ready are
+//! given back, too, for the new pool ([`super::adopt`]). All others (half made, of
+//! an older configuration, or handed to a process that is gone before it can have
+//! used them) are killed and their directories removed. Of other owners' VMs, only
 //! directories of client-booted ones whose QEMU is gone are removed.
-//!
-//! Does not: put VMs that were ready into the new pool.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -15,27 +14,42 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::adopt::adopt;
 use crate::agent::address::PROXY_SOCKET;
 use crate::agent::kata::VHOST_SOCKET;
+use crate::config::Config;
+use crate::factory::cache::pool::Ready;
 use crate::hypervisor::qemu::argv::SHARED;
 use crate::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::{Ledger, State};
+use crate::vm::shape::shape;
 use crate::vm::{wire, Vm};
 
 /// After so many seconds a VM without a QEMU is nobody's: one is started at once.
 const UNSTARTED: u64 = 60;
 
-/// Makes the store when it is missing, and sweeps it; the VMs that clients have.
+/// What is kept of what was found.
+#[derive(Default)]
+pub struct Kept {
+    /// VMs that clients have.
+    pub handed: Vec<Vm>,
+    /// VMs that nobody has had.
+    pub ready: Vec<Ready>,
+}
+
+/// Makes the store when it is missing, and sweeps it.
 ///
 /// # Errors
 /// When the store can not be made or written.
-pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
+pub fn sweep(config: &Config) -> io::Result<Kept> {
+    let (store, endpoint) = (&config.store(), config.endpoint());
     DirBuilder::new().recursive(true).mode(0o700).create(store)?;
     nix::unistd::access(store, nix::unistd::AccessFlags::W_OK)?;
     let own = endpoint.display().to_string();
-    let mut kept = Vec::new();
+    let shape = shape(config);
+    let mut kept = Kept::default();
     for (path, ledger) in Ledger::all(store) {
         let dead = !Process::adopt(ledger.pid, ledger.start_time).is_ok_and(|qemu| {
             let alive = qemu.alive();
@@ -43,7 +57,16 @@ pub fn sweep(store: &Path, endpoint: &Path) -> io::Result<Vec<Vm>> {
             alive
         });
         if ledger.endpoint == own {
-            kept.extend(settle(&path, ledger, dead));
+            if ledger.state == State::Ready && !dead {
+                match adopt(&path, ledger.clone(), &shape, config) {
+                    Ok(ready) => {
+                        kept.ready.push(ready);
+                        continue;
+                    }
+                    Err(why) => log::warn!("retired: VM {} of the pool before: {why}", ledger.id),
+                }
+            }
+            kept.handed.extend(settle(&path, ledger, dead));
         } else if ledger.endpoint.is_empty() && dead && (ledger.pid != 0 || old(&ledger)) {
             log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
             if ledger.pid == 0 {
@@ -152,7 +175,7 @@ mod tests {
     fn a_qemu_whose_pid_was_never_written_is_found_by_its_name() {
         let id = format!("sweep-test-{}", std::process::id());
         let script = "sleep 60; :";
-        let mut child = std::process::Command::new("/bin/sh")
+        let child = std::process::Command::new("/bin/sh")
             .args(["-c", script, "-name", &format!("sandbox-{id},debug-threads=on")])
             .spawn()
             .unwrap();
@@ -165,7 +188,7 @@ mod tests {
         let found = found.unwrap();
         assert_eq!(found.pid(), child.id() as i32);
         drop(found);
-        assert!(!child.wait().unwrap().success());
+        assert_eq!(start_time(child.id() as i32), None, "killed, and reaped");
     }
 
     /// One that stands in for a virtiofsd, likewise.
@@ -173,7 +196,7 @@ mod tests {
     #[allow(clippy::disallowed_methods)] // No VM is needed to be served like one.
     fn what_served_a_vm_is_found_by_its_socket() {
         let dir = std::path::PathBuf::from(format!("/nonexistent/{}", std::process::id()));
-        let mut child = std::process::Command::new("/bin/sh")
+        let child = std::process::Command::new("/bin/sh")
             .args(["-c", "sleep 60; :", "x"])
             .arg(format!("source={}/shared", dir.display()))
             .spawn()
@@ -186,6 +209,6 @@ mod tests {
         });
         assert!(unrecorded_attendants(&dir.join("other")).is_empty());
         drop(found.unwrap());
-        assert!(!child.wait().unwrap().success());
+        assert_eq!(start_time(child.id() as i32), None, "killed, and reaped");
     }
 }

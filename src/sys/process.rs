@@ -73,6 +73,12 @@ pub fn start_time(pid: i32) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// The process that started it, or whoever took it over.
+pub fn parent(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// State letter of a process (`R`, `S`, `T`, `Z` …), field 3 of its stat file.
 pub fn state(pid: i32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -109,6 +115,48 @@ pub fn ticks_per_second() -> u64 {
     // SAFETY: sysconf takes an integer and touches no memory of ours.
     let n = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     u64::try_from(n).unwrap_or(100)
+}
+
+/// An fd that this process inherited, by its number; its children do not.
+///
+/// # Errors
+/// When there is no such fd.
+#[cfg(feature = "host")]
+pub fn owned(number: i32) -> io::Result<OwnedFd> {
+    if number < 3 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: integers only; fails when the fd is not open.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and whoever executed this program left it to this caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// All fds but 0 to 2 go when this process executes another program.
+///
+/// # Errors
+/// As close_range(2).
+#[cfg(feature = "host")]
+pub fn close_on_exec() -> io::Result<()> {
+    // SAFETY: integers only; it changes a flag of each fd and closes none.
+    let rc =
+        unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Except this one.
+///
+/// # Errors
+/// As fcntl(2).
+#[cfg(feature = "host")]
+pub fn keep_on_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+    Ok(())
 }
 
 /// Gives a child a session of its own and no fd of ours but 0 to 2 and those of

@@ -18,10 +18,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use attend::Seated;
 pub use failure::{BootError, Phase};
 
+use super::birth::{Birth, Watch};
 use super::dir::VmDir;
-use super::identity;
 use super::ledger::{Ledger, Owner, State};
 use super::Vm;
+use super::{identity, shape};
 use crate::agent::Agent;
 use crate::config::options::QEMU;
 use crate::config::Config;
@@ -59,17 +60,13 @@ impl Purpose {
 
 /// Boots a VM, which runs when this returns.
 ///
-/// `started` is told of QEMU's process as soon as there is one, so that
-/// another thread can watch or kill it. Blocks up to the boot deadline.
+/// `watch` is told as it comes to be, so that another thread can watch or kill it.
+/// Blocks up to the boot deadline.
 ///
 /// # Errors
 /// [`BootError`], with nothing left behind.
-pub fn boot(
-    config: &Config,
-    purpose: &Purpose,
-    started: &mut dyn FnMut(&str, &Process),
-) -> Result<Vm, BootError> {
-    let connected = Spawned::start(config, purpose, Base::None, started)?.connect()?;
+pub fn boot(config: &Config, purpose: &Purpose, watch: Watch<'_>) -> Result<Vm, BootError> {
+    let connected = Spawned::start(config, purpose, Base::None, watch)?.connect()?;
     let mut guest = connected.await_guest(config)?;
     if purpose.waits() && config.flag(QEMU, "reclaim_guest_freed_memory") {
         guest = guest.give_back()?;
@@ -91,11 +88,11 @@ pub fn boot_template(
     memory: &File,
     state: &File,
     warm: &dyn Fn(&dyn Agent, bool),
-    started: &mut dyn FnMut(&str, &Process),
+    watch: Watch<'_>,
 ) -> Result<String, BootError> {
     let purpose = Purpose::Own { leased: true, waits: false };
     let base = Base::Template(memory);
-    let guest = Spawned::start(config, &purpose, base, started)?.connect()?.await_guest(config)?;
+    let guest = Spawned::start(config, &purpose, base, watch)?.connect()?.await_guest(config)?;
     let spawned = &guest.connected.spawned;
     warm(&*spawned.agent, spawned.ledger.own_agent);
     guest.save(state)
@@ -120,9 +117,9 @@ pub fn boot_clone(
     config: &Config,
     purpose: &Purpose,
     origin: Origin<'_>,
-    started: &mut dyn FnMut(&str, &Process),
+    watch: Watch<'_>,
 ) -> Result<Vm, BootError> {
-    let spawned = Spawned::start(config, purpose, Base::Clone(origin), started)?;
+    let spawned = Spawned::start(config, purpose, Base::Clone(origin), watch)?;
     spawned.connect()?.load(origin.state)?.await_guest(config)?.settle()
 }
 
@@ -178,7 +175,7 @@ impl Spawned {
         config: &Config,
         purpose: &Purpose,
         base: Base<'_>,
-        started: &mut dyn FnMut(&str, &Process),
+        watch: Watch<'_>,
     ) -> Result<Spawned, BootError> {
         let start = Instant::now();
         let clock = Clock { start, deadline: start + config.boot_timeout };
@@ -197,6 +194,7 @@ impl Spawned {
             let text = format!("in {}: {e}", config.store().display());
             early(&id, Phase::Directory, text.into())
         };
+        watch(Birth::Begins);
         let dir = VmDir::create(&config.store(), &id).map_err(directory)?;
         if config.shares_9p() || config.shares_virtiofs() {
             dir.share().map_err(directory)?;
@@ -225,6 +223,7 @@ impl Spawned {
             agent_url: String::new(),
             own_agent: true,
             attendants: Vec::new(),
+            shape: shape::shape(config),
         };
         let seated = Seated::take(config, dir.path());
         let Seated { agent, channels, vsock } =
@@ -274,7 +273,8 @@ impl Spawned {
             .write(dir.path())
             .and_then(|()| std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid())));
         let spawned = Spawned { process, attendants, dir, ledger, clock, agent };
-        started(&spawned.ledger.id, &spawned.process);
+        let Spawned { ledger, dir, process, .. } = &spawned;
+        watch(Birth::Runs { id: &ledger.id, dir: dir.path(), qemu: process });
         match written {
             Ok(()) => Ok(spawned),
             Err(e) => Err(spawned.failed(Phase::Directory, e.into(), "")),

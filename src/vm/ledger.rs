@@ -128,6 +128,9 @@ pub struct Ledger {
     /// Processes that serve it beside QEMU.
     #[serde(default)]
     pub attendants: Vec<Record>,
+    /// What it was made from ([`crate::vm::shape`]).
+    #[serde(default)]
+    pub shape: String,
 }
 
 fn yes() -> bool {
@@ -293,6 +296,7 @@ mod tests {
             agent_url: "vsock://7:1024".into(),
             own_agent: true,
             attendants: vec![Record { role: Role::Proxy, pid: 8, start_time: 9 }],
+            shape: "s".into(),
         };
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);

@@ -11,6 +11,7 @@
 //! error path cleans up; only [`Vm::let_go`] leaves it running.
 
 pub mod attach;
+pub mod birth;
 pub mod boot;
 pub mod config;
 mod console;
@@ -18,6 +19,7 @@ pub mod dir;
 pub mod identity;
 pub mod ledger;
 pub mod resize;
+pub mod shape;
 pub mod wire;
 
 use std::error;
@@ -25,6 +27,7 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+pub use birth::Birth;
 pub use config::VmConfig;
 use dir::VmDir;
 use ledger::Ledger;
@@ -39,6 +42,9 @@ use crate::process::Process;
 
 /// Until a VM that ran before answers again after it was resumed.
 pub const ANSWER: Duration = Duration::from_secs(20);
+
+/// Until the monitor of one that waits greets.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Why something could not be done with a VM.
 #[derive(Debug)]
@@ -199,6 +205,11 @@ impl Vm {
         self.process.watch()
     }
 
+    /// For whoever watches: it is this process's now.
+    pub fn birth(&self) -> Birth<'_> {
+        Birth::Runs { id: self.id(), dir: self.dir(), qemu: &self.process }
+    }
+
     /// Lets the virtual CPUs run; nothing happens when they do already.
     ///
     /// # Errors
@@ -213,6 +224,15 @@ impl Vm {
             }
         })?;
         self.paused = false;
+        Ok(())
+    }
+
+    /// Asks whether its virtual CPUs run, for one that another process had before.
+    ///
+    /// # Errors
+    /// [`Error::Dead`] or [`Error::Monitor`], soon: it has nothing else to do.
+    pub fn look(&mut self) -> Result<(), Error> {
+        self.paused = !self.monitored_within(LOOK, Qmp::running)?;
         Ok(())
     }
 
@@ -231,10 +251,18 @@ impl Vm {
     }
 
     fn monitored<T>(&self, f: impl FnOnce(&mut Qmp) -> Result<T, qmp::Error>) -> Result<T, Error> {
+        self.monitored_within(QUICK, f)
+    }
+
+    fn monitored_within<T>(
+        &self,
+        within: Duration,
+        f: impl FnOnce(&mut Qmp) -> Result<T, qmp::Error>,
+    ) -> Result<T, Error> {
         if !self.alive() {
             return Err(Error::Dead { id: self.id().into(), pid: self.pid() });
         }
-        Qmp::connect(&self.dir.monitor(), QUICK)
+        Qmp::connect(&self.dir.monitor(), within)
             .and_then(|mut q| f(&mut q))
             .map_err(|source| Error::Monitor { id: self.id().into(), source })
     }

@@ -40,6 +40,17 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
     ran.and(removed)
 }
 
+/// Removes what a rehearsal left that was cut short, if there was one.
+///
+/// # Errors
+/// When the agent does not answer.
+pub fn clear(agent: &dyn Agent) -> Result<(), Error> {
+    match agent.stop_container(NAME, REMOVAL) {
+        Ok(()) | Err(Error::Refused { .. } | Error::Unsupported { .. }) => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
 /// Runs it in a VM that is awake, over a connection of its own.
 ///
 /// # Errors

@@ -277,6 +277,11 @@ impl Daemon {
         wait_child(&mut self.child)
     }
 
+    /// The directory of one that was killed, as that left it.
+    pub fn forsake(mut self) -> Dir {
+        std::mem::replace(&mut self.dir, Dir(PathBuf::from("/nonexistent")))
+    }
+
     /// Stops it by Quit; nothing of it must be left but VMs that were handed out.
     pub fn quit(mut self) -> Dir {
         self.ok(&["quit"]);

@@ -1,4 +1,4 @@
-//! SIGKILL of clients, of VMs, of the server.
+//! SIGKILL of clients and of VMs.
 
 use std::io::Read;
 use std::process::Stdio;
@@ -76,54 +76,4 @@ fn a_vm_that_dies_is_replaced_and_never_handed_out() {
     daemon.wait_ready(2);
     assert_eq!(directories(&daemon.store()).len(), 2);
     assert_nothing_left(&daemon.quit().0);
-}
-
-#[test]
-fn a_server_that_was_killed_is_followed_by_one_that_cleans_up() {
-    let prepared = require_qemu!();
-    let options = Options::pool(&prepared, 2);
-    let daemon = Daemon::start(&options);
-    let kept = daemon.ok(&["get"]).trim().to_string();
-    daemon.wait_ready(2);
-    let leased = || {
-        let sleep = ["run", "--", "sh", "-c", "echo up; sleep 1000"];
-        let mut child = daemon.command(&sleep).stdout(Stdio::piped()).spawn().unwrap();
-        let mut up = [0; 3];
-        child.stdout.take().unwrap().read_exact(&mut up).unwrap();
-        daemon.wait_ready(2);
-        child
-    };
-    let (mut dies_with_it, mut outlives_it) = (leased(), leased());
-    daemon.signal(Signal::SIGKILL);
-    let mut daemon = daemon;
-    daemon.wait();
-    assert!(daemon.socket().exists(), "a killed server leaves its socket");
-    assert_eq!(qemus(&daemon.dir.0).len(), 5);
-    for pid in qemus(&daemon.dir.0) {
-        // QEMU blocks some itself, but none that the server blocks.
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let blocked = status.split_once("SigBlk:\t").unwrap().1.lines().next().unwrap();
-        let blocked = u64::from_str_radix(blocked, 16).unwrap();
-        let bit = |s: Signal| 1 << (s as i32 - 1);
-        assert_eq!(blocked & (bit(Signal::SIGTERM) | bit(Signal::SIGINT)), 0, "{blocked:x}");
-    }
-    dies_with_it.kill().unwrap();
-    wait_child(&mut dies_with_it);
-
-    let dir = std::mem::replace(&mut daemon.dir, Dir("/nonexistent".into()));
-    drop(daemon);
-    let next = Daemon::launch(&options, dir);
-    // Two that stood ready, and the one whose owner had gone.
-    next.wait_log("swept", 3);
-    next.wait_ready(2);
-    assert_eq!(qemus(&next.dir.0).len(), 4);
-    assert_eq!(next.ok(&["exec", &kept, "--", "echo", "still here"]), "still here\n");
-    outlives_it.kill().unwrap();
-    wait_child(&mut outlives_it);
-    next.wait_log("reclaimed", 1);
-    next.wait_log("vm-ended", 1);
-    assert_eq!(qemus(&next.dir.0).len(), 3);
-    next.ok(&["stop", &kept]);
-    next.wait_log("vm-ended", 2);
-    assert_nothing_left(&next.quit().0);
 }

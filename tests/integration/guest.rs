@@ -24,7 +24,7 @@ use crate::require_qemu;
 fn boot(dir: &Dir) -> Guest {
     let options = Options::pool(&prepared().unwrap(), 1);
     let config = Config::parse(Path::new("test.toml"), &options.text(&dir.0)).unwrap();
-    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_, _| {}).unwrap();
+    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_| {}).unwrap();
     Guest::new(vm, agent)
 }
 

@@ -42,6 +42,7 @@ mod kata1;
 mod pool;
 mod readme;
 mod resize;
+mod restart;
 mod resting;
 mod rootfs;
 mod run;

@@ -45,7 +45,7 @@ fn a_vsock_device_of_somebody_elses() {
         hosts.display()
     ));
     let config = Config::parse(Path::new("test.toml"), &options.text(&dir.0)).unwrap();
-    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_, _| {}).unwrap();
+    let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_| {}).unwrap();
     assert_eq!(agent.agent_url(), format!("hvsock://{}:1024", hosts.display()));
     agent.check(LONG).unwrap();
     agent.disconnect();

@@ -27,6 +27,8 @@ pub struct Seen {
     pub since: Instant,
     /// Whether it is in the pool and has not come to rest yet.
     pub awake: bool,
+    /// Whether a server before this one made it.
+    pub adopted: bool,
 }
 
 impl Seen {
@@ -40,6 +42,7 @@ impl Seen {
             memory_mib: vm.memory_mib(),
             since,
             awake: false,
+            adopted: false,
         }
     }
 }
@@ -59,6 +62,8 @@ pub struct Counters {
     pub boots: u64,
     /// Boots that failed.
     pub boots_failed: u64,
+    /// VMs of the pool of a server before this one, taken over.
+    pub adopted: u64,
     /// VMs that died while they stood ready.
     pub died_ready: u64,
     /// VMs ended because the process that had leased them ended.
@@ -109,7 +114,7 @@ impl Board {
                 json!({
                     "id": vm.id, "pid": pid, "state": vm.state.name(), "source": vm.source,
                     "cpus": vm.cpus, "memory_mib": vm.memory_mib,
-                    "age_s": vm.since.elapsed().as_secs(),
+                    "age_s": vm.since.elapsed().as_secs(), "adopted": vm.adopted,
                 })
             })
             .collect();

@@ -2,7 +2,8 @@
 //!
 //! Invariants: only this thread starts boots, serves the line, and decides
 //! that a VM is dead; it never waits for a client, a guest or a boot. When it
-//! has returned, no VM that was not handed out is left.
+//! has returned, no VM that was not handed out is left, unless it was told to leave
+//! them to the next server.
 
 mod handed;
 mod line;
@@ -20,7 +21,7 @@ use super::board::Seen;
 use super::claim::{Answer, Place};
 use super::making::Source;
 use super::policy::{Policy, View};
-use super::pool::{Ends, Event, Job, Pool, Ready};
+use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
 use super::watch::Watch;
 use crate::config::Config;
 use crate::process::attendant::Role;
@@ -85,6 +86,8 @@ pub struct Driver {
     handed: HashMap<i32, Handed>,
     rest: rest::Rest,
     next_job: u64,
+    /// Stopping, with VMs left to the next server.
+    leaving: bool,
 }
 
 impl Driver {
@@ -125,11 +128,12 @@ impl Driver {
             handed: HashMap::new(),
             rest: rest::Rest::new(config, pool)?,
             next_job: 1,
+            leaving: false,
         })
     }
 
     /// Runs until it is told to stop, and cleans up; why it stopped.
-    pub fn run(mut self) -> String {
+    pub fn run(mut self) -> Stop {
         // What it does after a claim can wait; the client that has just been
         // answered, perhaps on the same processor, can not.
         stand_back(NICE);
@@ -150,13 +154,14 @@ impl Driver {
                 }
             };
             match event {
-                Some(Event::Stop { why }) => {
+                Some(Event::Stop(stop)) => {
+                    self.leaving = stop.leave;
                     self.stop();
-                    return why;
+                    return stop;
                 }
                 Some(event) => self.handle(event),
                 // Impossible while the pool, which has a sender, is ours.
-                None => return "the event channel closed".into(),
+                None => return Stop { why: "the event channel closed".into(), leave: false },
             }
         }
     }
@@ -193,7 +198,7 @@ impl Driver {
             Event::Rehearsed { pid, silent } => self.rehearsed(pid, silent),
             Event::Rested { ready, failed } => self.rested(ready, failed),
             Event::Ended(token) => self.ended(token),
-            Event::Stop { .. } => {}
+            Event::Stop(_) => {}
         }
     }
 
@@ -207,6 +212,7 @@ impl Driver {
             memory_mib: 0,
             since: booting.since,
             awake: false,
+            adopted: false,
         };
         let before = booting.qemu.replace((pid, pidfd));
         let mut facts = self.pool.board.facts();
@@ -337,17 +343,32 @@ impl Driver {
                 Event::Started { pidfd, .. } => {
                     let _ = pidfd_kill(pidfd.as_fd(), KILL);
                 }
+                Event::Rested { ready, failed: None } | Event::Returned(ready) => self.part(ready),
+                Event::Booted { result: Ok(ready), .. } => self.part(ready),
                 // Dropped, and with it the VM.
                 _ => {}
             }
         }
-        for ready in self.pool.ready.try_iter() {
-            ready.vm.destroy();
+        self.part_all();
+    }
+
+    /// A VM that is not handed out here any more.
+    fn part(&self, ready: Box<Ready>) {
+        match self.leaving {
+            true => ready.vm.let_go(),
+            false => ready.vm.destroy(),
         }
+    }
+
+    fn part_all(&self) {
+        self.pool.ready.try_iter().for_each(|ready| self.part(ready));
     }
 
     /// Nothing is handed out any more; what was not handed out is destroyed.
     fn stop(&mut self) {
+        if self.leaving {
+            self.pool.leave();
+        }
         self.pool.close();
         self.jobs = None;
         for place in self.line.drain(..) {
@@ -362,9 +383,7 @@ impl Driver {
         let delivery = Instant::now() + DELIVERY;
         let workers = Instant::now() + WORKERS;
         while self.pool.in_hands() > 0 || !self.booting.is_empty() {
-            for ready in self.pool.ready.try_iter() {
-                ready.vm.destroy();
-            }
+            self.part_all();
             let until = if self.booting.is_empty() { delivery } else { workers };
             let event = match self.ends.events.recv_deadline(until) {
                 Ok(event) => event,
@@ -380,14 +399,14 @@ impl Driver {
                 }
                 Event::Booted { job, result } => {
                     self.booting.remove(&job);
-                    drop(result);
+                    if let Ok(ready) = result {
+                        self.part(ready);
+                    }
                 }
                 other => self.handle(other),
             }
         }
-        for ready in self.pool.ready.try_iter() {
-            ready.vm.destroy();
-        }
+        self.part_all();
         let resting = self.rest.stop();
         for worker in self.workers.drain(..).chain(resting) {
             if let Err(e) = worker.join(workers.saturating_duration_since(Instant::now())) {

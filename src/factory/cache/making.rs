@@ -11,7 +11,7 @@ use super::pool::{Event, Job, Pool, Ready};
 use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::factory::template::Template;
-use crate::process::Process;
+use crate::vm::birth::Birth;
 use crate::vm::boot::{boot, BootError, Purpose};
 use crate::vm::ledger::ClaimNote;
 use crate::vm::wire;
@@ -43,15 +43,16 @@ impl Source {
         let purpose = Purpose::Pool { endpoint: self.config.endpoint().display().to_string() };
         for job in jobs {
             let number = job.number;
-            let mut started = |id: &str, process: &Process| {
-                if let Ok(pidfd) = process.watch() {
-                    let (pid, id) = (process.pid(), id.to_string());
+            let mut watch = |birth: Birth<'_>| {
+                let Birth::Runs { id, qemu, .. } = birth else { return };
+                if let Ok(pidfd) = qemu.watch() {
+                    let (pid, id) = (qemu.pid(), id.to_string());
                     pool.tell(Event::Started { job: number, pid, id, pidfd });
                 }
             };
             let made = match &self.template {
-                Some(template) => template.clone_vm(&purpose, &mut started),
-                None => boot(&self.config, &purpose, &mut started),
+                Some(template) => template.clone_vm(&purpose, &mut watch),
+                None => boot(&self.config, &purpose, &mut watch),
             };
             let result = made
                 .and_then(|vm| match ClaimNote::open(vm.dir()) {

@@ -22,6 +22,11 @@ use crate::vm::Vm;
 /// workers, the watch) waits when it is behind by so many.
 const EVENTS: usize = 1024;
 
+/// Told to claims when the server ends.
+pub const STOPPING: &str = "the server is stopping";
+/// Told to claims when another takes its place at once: to be asked again.
+pub const RESTARTING: &str = "the server is restarting: ask again";
+
 /// A VM that can be handed out, its message made already.
 pub struct Ready {
     /// The VM.
@@ -59,8 +64,17 @@ pub enum Event {
     Rested { ready: Box<Ready>, failed: Option<String> },
     /// A watched process has ended.
     Ended(u64),
-    /// Stop: hand nothing out any more, clean up.
-    Stop { why: String },
+    /// Hand nothing out any more, clean up.
+    Stop(Stop),
+}
+
+/// Why the pool ends, and what becomes of its VMs.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    /// A few words.
+    pub why: String,
+    /// Whether VMs that stand ready are left to a server that is about to start.
+    pub leave: bool,
 }
 
 /// A VM that its client has. It is the client's whatever becomes of this: when
@@ -116,6 +130,7 @@ pub struct Pool {
     waiting: AtomicUsize,
     in_hands: AtomicUsize,
     closing: AtomicBool,
+    leaving: AtomicBool,
 }
 
 /// What the driver holds of the channels.
@@ -140,6 +155,7 @@ impl Pool {
             waiting: AtomicUsize::new(0),
             in_hands: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
         };
         (Arc::new(pool), Ends { ready: ready_in, events: events_out })
     }
@@ -201,6 +217,19 @@ impl Pool {
     /// that it holds is destroyed, unless a client has it.
     pub fn tell(&self, event: Event) {
         let _ = self.events.send(event);
+    }
+
+    /// What claims are told that can not be served any more.
+    pub fn farewell(&self) -> &'static str {
+        match self.leaving.load(Ordering::SeqCst) {
+            true => RESTARTING,
+            false => STOPPING,
+        }
+    }
+
+    /// From now on nothing is handed out here, but by the next server it will.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
     }
 
     /// Whether nothing is handed out any more.

@@ -16,14 +16,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::fcntl::{AtFlags, OFlag, AT_FDCWD};
 use nix::unistd::linkat;
 
-use super::manifest::{self, Manifest, Parts, Stamp};
+use super::manifest::{self, Manifest, Parts};
+use super::path;
 use super::place::Place;
-use super::{path, Started};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::hypervisor::qemu::bzimage;
 use crate::report::chain;
+use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_template, BootError, Phase};
+use crate::vm::shape::{self, Stamp};
 use crate::workload::rehearsal;
 
 /// The memory's file.
@@ -85,12 +87,12 @@ impl Image {
     /// turns at making it.
     pub fn current(&self, config: &Config) -> bool {
         let place = path(config);
-        let there = match Stamp::now(&place) {
+        let there = match manifest::stamp(&place) {
             Some(stamp) if stamp == self.stamp => true,
             Some(_) => Manifest::read(&place).is_ok_and(|(m, _)| m.parts != self.parts),
             None => false,
         };
-        there && self.sources == manifest::stamps(config)
+        there && self.sources == shape::stamps(config)
     }
 }
 
@@ -110,15 +112,11 @@ pub fn patience(config: &Config) -> Duration {
 }
 
 /// Takes the template that is there, or makes one; whether it was made.
-pub fn obtain(
-    config: &Config,
-    anew: bool,
-    started: Started<'_>,
-) -> Result<(Image, bool), BootError> {
+pub fn obtain(config: &Config, anew: bool, watch: Watch<'_>) -> Result<(Image, bool), BootError> {
     let none = |e: io::Error| BootError::no_template(e.into());
     let place = Place::open(&path(config), config.memory(), patience(config));
     let place = place.map_err(|e| BootError::no_template(e.into()))?;
-    let sources = manifest::stamps(config);
+    let sources = shape::stamps(config);
     let parts = Parts::of(config).map_err(none)?;
     if !anew {
         match reuse(config, &place, &parts, &sources) {
@@ -131,7 +129,7 @@ pub fn obtain(
     }
     let before = Instant::now();
     log::info!("template-making: a VM is booted to be cloned, in {}", place.path().display());
-    let image = make(config, &place, parts, sources, started).inspect_err(|e| {
+    let image = make(config, &place, parts, sources, watch).inspect_err(|e| {
         if let Err(e) = clear(&place) {
             log::warn!("clear {}: {e}", place.path().display());
         }
@@ -201,7 +199,7 @@ fn make(
     place: &Place,
     parts: Parts,
     sources: Vec<Option<Stamp>>,
-    started: Started<'_>,
+    watch: Watch<'_>,
 ) -> Result<Image, BootError> {
     let none = |e: io::Error| BootError::no_template(e.into());
     clear(place).map_err(none)?;
@@ -222,7 +220,7 @@ fn make(
             log::info!("template-cold: its guest ran no command before: {}", chain(&e));
         }
     };
-    let qemu_version = boot_template(config, &memory, &state, &warm, started)?;
+    let qemu_version = boot_template(config, &memory, &state, &warm, watch)?;
     let finish = || {
         name(&memory, &place.path().join(MEMORY))?;
         name(&state, &place.path().join(STATE))?;

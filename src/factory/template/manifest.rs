@@ -5,17 +5,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_derive::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::agent;
-use crate::agent::seat::{Seat, Way};
-use crate::config::options::QEMU;
-use crate::config::{Config, Transport};
-use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+use crate::config::Config;
+use crate::vm::shape::{self, Stamp};
 
 /// The file's name.
 pub const FILE: &str = "manifest.json";
@@ -78,21 +74,6 @@ pub fn digest(mut from: impl Read) -> io::Result<String> {
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// The files of a configuration from which a template is made.
-fn sources(config: &Config) -> Vec<PathBuf> {
-    let mut paths = vec![config.qemu(), config.kernel(), config.initrd()];
-    let firmware = config.text(QEMU, "firmware");
-    if !firmware.is_empty() {
-        paths.push(firmware.into());
-    }
-    paths
-}
-
-/// Which files those are now: cheap to ask, and others when they were replaced.
-pub fn stamps(config: &Config) -> Vec<Option<Stamp>> {
-    sources(config).iter().map(|p| fs::metadata(p).ok().map(|m| Stamp::of(&m))).collect()
-}
-
 impl Parts {
     /// What a template of this configuration is made from, now.
     ///
@@ -104,27 +85,8 @@ impl Parts {
             let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
             Ok(Part { sha256: digest.map_err(named)?, path })
         };
-        let files: io::Result<Vec<Part>> = sources(config).into_iter().map(part).collect();
-        // What depends on the configuration alone: the addresses do not.
-        let way = match config.transport() {
-            Transport::Serial => Way::Serial,
-            Transport::Vsock => Way::Vsock(0),
-            Transport::VhostUserVsock => Way::HybridVsock,
-        };
-        let seat = Seat { dir: "/".into(), way };
-        let channels = agent::new(config.agent_kind).configure(&seat).map_err(io::Error::other)?;
-        let names = Names {
-            id: "",
-            uuid: "",
-            dir: Path::new("/"),
-            monitor: 0,
-            host_memory: crate::host::memory_mib(),
-            memory: Memory::Own,
-            channels: &channels,
-            vsock: matches!(way, Way::Vsock(_)).then_some(0),
-        };
-        let arguments = argv(config, &names);
-        let arguments = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        let files: io::Result<Vec<Part>> = shape::sources(config).into_iter().map(part).collect();
+        let arguments = shape::arguments(config)?;
         Ok(Parts { format: FORMAT, files: files?, arguments })
     }
 }
@@ -156,19 +118,9 @@ impl Manifest {
     }
 }
 
-/// Which file it is: device, inode, time of change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp(u64, u64, i64, i64);
-
-impl Stamp {
-    fn of(m: &fs::Metadata) -> Stamp {
-        Stamp(m.dev(), m.ino(), m.ctime(), m.ctime_nsec())
-    }
-
-    /// The manifest that is in a template's directory now.
-    pub fn now(dir: &Path) -> Option<Stamp> {
-        fs::metadata(dir.join(FILE)).ok().map(|m| Stamp::of(&m))
-    }
+/// Which manifest is in a template's directory now.
+pub fn stamp(dir: &Path) -> Option<Stamp> {
+    fs::metadata(dir.join(FILE)).ok().map(|m| Stamp::of(&m))
 }
 
 #[cfg(test)]
@@ -197,10 +149,10 @@ mod tests {
         };
         assert!(Manifest::read(&dir).is_err());
         manifest.write(&dir).unwrap();
-        let (read, stamp) = Manifest::read(&dir).unwrap();
-        assert_eq!((read, Some(stamp)), (manifest.clone(), Stamp::now(&dir)));
+        let (read, which) = Manifest::read(&dir).unwrap();
+        assert_eq!((read, Some(which)), (manifest.clone(), stamp(&dir)));
         manifest.write(&dir).unwrap();
-        assert_ne!(Some(stamp), Stamp::now(&dir), "another file");
+        assert_ne!(Some(which), stamp(&dir), "another file");
         fs::write(dir.join(FILE), b"{").unwrap();
         assert!(Manifest::read(&dir).is_err());
         fs::remove_dir_all(&dir).unwrap();

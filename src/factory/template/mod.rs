@@ -23,14 +23,14 @@ use std::time::Duration;
 
 use image::Image;
 pub use manifest::Manifest;
-use manifest::{Parts, Stamp};
+use manifest::Parts;
 pub use place::Error as PlaceError;
 use place::Place;
 
 use super::{BaseFactory, Error, VmStatus};
 use crate::config::options::FACTORY;
 use crate::config::Config;
-use crate::process::Process;
+use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_clone, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
 
@@ -53,8 +53,6 @@ pub struct Status {
     pub fits: bool,
 }
 
-type Started<'a> = &'a mut dyn FnMut(&str, &Process);
-
 fn path(config: &Config) -> PathBuf {
     config.text(FACTORY, "template_path").into()
 }
@@ -74,17 +72,17 @@ impl Template {
     ///
     /// # Errors
     /// [`BootError`], with nothing left behind but a whole template.
-    pub fn clone_vm(&self, purpose: &Purpose, started: Started<'_>) -> Result<Vm, BootError> {
-        let (image, _) = self.image(started)?;
+    pub fn clone_vm(&self, purpose: &Purpose, watch: Watch<'_>) -> Result<Vm, BootError> {
+        let (image, _) = self.image(watch)?;
         let state = image.state().map_err(|e| BootError::no_template(e.into()))?;
         let origin = Origin { memory: &image.memory, head: image.head.as_ref(), state: &state };
-        let made = boot_clone(&self.config, purpose, origin, started);
+        let made = boot_clone(&self.config, purpose, origin, watch);
         image.judge(made.as_ref().err());
         made
     }
 
     /// The template, which fits, and whether it had to be made.
-    fn image(&self, started: Started<'_>) -> Result<(Arc<Image>, bool), BootError> {
+    fn image(&self, watch: Watch<'_>) -> Result<(Arc<Image>, bool), BootError> {
         let mut current = self.current();
         let suspect = current.as_ref().and_then(|i| i.suspect());
         let good = |image: &&Arc<Image>| suspect.is_none() && image.current(&self.config);
@@ -95,7 +93,7 @@ impl Template {
         if let Some(failures) = suspect {
             log::warn!("template-suspect: {failures} clones in a row failed");
         }
-        let (image, made) = image::obtain(&self.config, suspect.is_some(), started)?;
+        let (image, made) = image::obtain(&self.config, suspect.is_some(), watch)?;
         let image = Arc::new(image);
         *current = Some(Arc::clone(&image));
         Ok((image, made))
@@ -105,8 +103,8 @@ impl Template {
     ///
     /// # Errors
     /// [`BootError`]; there is then no template.
-    pub fn create(&self, started: Started<'_>) -> Result<bool, BootError> {
-        self.image(started).map(|(_, made)| made)
+    pub fn create(&self, watch: Watch<'_>) -> Result<bool, BootError> {
+        self.image(watch).map(|(_, made)| made)
     }
 
     /// What there is.
@@ -143,7 +141,7 @@ impl Template {
         let mut current = self.current();
         let place = Place::lock(&path, image::patience(&self.config))?;
         *current = None;
-        let there = Stamp::now(&path).is_some();
+        let there = manifest::stamp(&path).is_some();
         image::clear(&place).map_err(|source| PlaceError::Io { during: "clear", path, source })?;
         place.remove()?;
         Ok(there)
@@ -156,7 +154,7 @@ impl BaseFactory for Template {
     }
 
     fn get_base_vm(&self, _within: Option<Duration>) -> Result<Vm, Error> {
-        self.clone_vm(&Purpose::Own { leased: false, waits: false }, &mut |_, _| {})
+        self.clone_vm(&Purpose::Own { leased: false, waits: false }, &mut |_| {})
             .map_err(|e| Error::Boot(Box::new(e)))
     }
 

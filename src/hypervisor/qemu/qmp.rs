@@ -217,10 +217,15 @@ impl Qmp {
         self.execute("cont", None, QUICK).map(|_| ())
     }
 
-    /// Whether the virtual CPUs run.
+    /// Whether the virtual CPUs run; an error when they can not run again, either.
     pub fn running(&mut self) -> Result<bool, Error> {
-        let status = self.execute("query-status", None, QUICK)?;
-        Ok(status["running"].as_bool().unwrap_or(false))
+        let command = "query-status";
+        let answer = self.execute(command, None, QUICK)?;
+        match answer["status"].as_str() {
+            Some("running") => Ok(true),
+            Some("paused") => Ok(false),
+            _ => Err(self.garbage(command, "neither running nor paused")),
+        }
     }
 
     /// Asks QEMU to end.

@@ -79,6 +79,7 @@ pub(super) fn adopt(
         agent_url: agent.to_string(),
         own_agent: false,
         attendants: proxy.iter().map(Attendant::record).collect(),
+        shape: String::new(),
     };
     let attendants = proxy.into_iter().collect();
     let vm = Vm { process, attendants, dir: vm_dir, ledger, agent, paused: true };

@@ -1,10 +1,10 @@
 //! VMs that leave, and what becomes of them: delivered, leased, ended.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::super::board::Seen;
-use super::super::pool::Delivered;
+use super::super::pool::{Delivered, Ready};
 use super::{Driver, Handed, Watched, KILL};
 use crate::process::attendant::Role;
 use crate::process::reap;
@@ -47,6 +47,31 @@ impl Driver {
         self.pool.board.facts().vms.insert(vm.pid(), seen);
         let owner = vm.ledger().owner;
         self.follow(vm, owner);
+    }
+
+    /// A VM that stood ready in the pool of a server before this one is of this pool;
+    /// one too many is ended.
+    ///
+    /// Call it before [`Driver::run`].
+    pub fn adopt(&mut self, ready: Ready) {
+        let (id, pid) = (ready.vm.id().to_string(), ready.vm.pid());
+        if self.pool.ready.len() >= self.policy.target() {
+            log::info!("retired: VM {id} (QEMU pid {pid}) of the pool before: this one is full");
+            return ready.vm.destroy();
+        }
+        let age = SystemTime::now()
+            .duration_since(UNIX_EPOCH + Duration::from_secs(ready.vm.ledger().created));
+        let since = age.ok().and_then(|age| Instant::now().checked_sub(age));
+        let since = since.unwrap_or_else(Instant::now);
+        self.watch_qemu(&ready.vm);
+        let seen = Seen { adopted: true, ..Seen::of(&ready.vm, State::Ready, since) };
+        {
+            let mut facts = self.pool.board.facts();
+            facts.counters.adopted += 1;
+            facts.vms.insert(pid, seen);
+        }
+        log::info!("adopted: VM {id} (QEMU pid {pid}) of the pool before");
+        self.publish(Box::new(ready));
     }
 
     /// A VM that is its owner's: when it ends, no zombie and no directory stays,

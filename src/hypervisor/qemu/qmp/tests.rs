@@ -35,7 +35,7 @@ const READY: &str = "{\"return\": {}, \"id\": \"vmcache-1\"}\r\n";
 fn answers_are_matched_and_events_kept() {
     let script = vec![
         READY,
-        "{\"event\": \"STOP\"}\r\n{\"return\": 1, \"id\": \"old\"}\r\n{\"return\": {\"running\": true}, \"id\": \"vmcache-2\"}\r\n",
+        "{\"event\": \"STOP\"}\r\n{\"return\": 1, \"id\": \"old\"}\r\n{\"return\": {\"status\": \"running\", \"running\": true}, \"id\": \"vmcache-2\"}\r\n",
         "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": \"vmcache-3\"}\r\n",
     ];
     let mut qmp = monitor(GREETING, script);

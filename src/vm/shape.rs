@@ -1,0 +1,82 @@
+//! What a VM is made from: QEMU's arguments without what is one VM's own, and the
+//! files that they name. Two VMs of one shape are alike; one of another shape than
+//! the configuration now gives is of an old one.
+//!
+//! Invariant: asking is cheap (no file is read), so every boot does.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::agent;
+use crate::agent::seat::{Seat, Way};
+use crate::config::options::QEMU;
+use crate::config::{Config, Transport};
+use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+
+/// Which file it is: device, inode, time of change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp(u64, u64, i64, i64);
+
+impl Stamp {
+    /// By what the file system says of it.
+    pub fn of(m: &fs::Metadata) -> Stamp {
+        Stamp(m.dev(), m.ino(), m.ctime(), m.ctime_nsec())
+    }
+}
+
+/// The files of a configuration from which its VMs are made.
+pub fn sources(config: &Config) -> Vec<PathBuf> {
+    let mut paths = vec![config.qemu(), config.kernel(), config.initrd()];
+    let firmware = config.text(QEMU, "firmware");
+    if !firmware.is_empty() {
+        paths.push(firmware.into());
+    }
+    paths
+}
+
+/// Which files those are now: others when they were replaced.
+pub fn stamps(config: &Config) -> Vec<Option<Stamp>> {
+    sources(config).iter().map(|p| fs::metadata(p).ok().map(|m| Stamp::of(&m))).collect()
+}
+
+/// QEMU's arguments, as far as they depend on the configuration alone: the addresses
+/// do not.
+///
+/// # Errors
+/// When the agent can not be reached in the way that is configured.
+pub fn arguments(config: &Config) -> io::Result<Vec<String>> {
+    let way = match config.transport() {
+        Transport::Serial => Way::Serial,
+        Transport::Vsock => Way::Vsock(0),
+        Transport::VhostUserVsock => Way::HybridVsock,
+    };
+    let seat = Seat { dir: "/".into(), way };
+    let channels = agent::new(config.agent_kind).configure(&seat).map_err(io::Error::other)?;
+    let names = Names {
+        id: "",
+        uuid: "",
+        dir: Path::new("/"),
+        monitor: 0,
+        host_memory: crate::host::memory_mib(),
+        memory: Memory::Own,
+        channels: &channels,
+        vsock: matches!(way, Way::Vsock(_)).then_some(0),
+    };
+    Ok(argv(config, &names).iter().map(|a| a.to_string_lossy().into_owned()).collect())
+}
+
+/// The shape of a configuration's VMs, in hexadecimal; empty when it can not be told.
+pub fn shape(config: &Config) -> String {
+    let Ok(arguments) = arguments(config) else { return String::new() };
+    let mut hash = Sha256::new();
+    for argument in arguments {
+        hash.update(argument.as_bytes());
+        hash.update([0]);
+    }
+    hash.update(format!("{:?}", stamps(config)).as_bytes());
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,190 @@
+//! Servers that are killed, restarted in place, or started with another configuration:
+//! what becomes of their VMs.
+
+use std::fs;
+use std::io::Read;
+use std::process::Stdio;
+
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::daemon::{assert_nothing_left, qemus, text, wait_child, Daemon, Options};
+use crate::require_qemu;
+
+/// Ids and pids of the VMs that stand ready.
+fn ready(daemon: &Daemon) -> Vec<(String, i64)> {
+    let status = daemon.status();
+    let vms = status["vms"].as_array().unwrap().iter().filter(|v| v["state"] == "ready");
+    let pair =
+        |v: &serde_json::Value| (v["id"].as_str().unwrap().into(), v["pid"].as_i64().unwrap());
+    vms.map(pair).collect()
+}
+
+#[test]
+fn a_killed_server_is_followed_by_one_that_takes_over() {
+    let prepared = require_qemu!();
+    let options = Options::pool(&prepared, 2);
+    let daemon = Daemon::start(&options);
+    let kept = daemon.ok(&["get"]).trim().to_string();
+    daemon.wait_ready(2);
+    let leased = || {
+        let sleep = ["run", "--", "sh", "-c", "echo up; sleep 1000"];
+        let mut child = daemon.command(&sleep).stdout(Stdio::piped()).spawn().unwrap();
+        let mut up = [0; 3];
+        child.stdout.take().unwrap().read_exact(&mut up).unwrap();
+        daemon.wait_ready(2);
+        child
+    };
+    let (mut dies_with_it, mut outlives_it) = (leased(), leased());
+    daemon.wait_rest(2);
+    let before = ready(&daemon);
+    let mut daemon = daemon;
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    assert!(daemon.socket().exists(), "a killed server leaves its socket");
+    assert_eq!(qemus(&daemon.dir.0).len(), 5);
+    for pid in qemus(&daemon.dir.0) {
+        // QEMU blocks some itself, but none that the server blocks.
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let blocked = status.split_once("SigBlk:\t").unwrap().1.lines().next().unwrap();
+        let blocked = u64::from_str_radix(blocked, 16).unwrap();
+        let bit = |s: Signal| 1 << (s as i32 - 1);
+        assert_eq!(blocked & (bit(Signal::SIGTERM) | bit(Signal::SIGINT)), 0, "{blocked:x}");
+    }
+    dies_with_it.kill().unwrap();
+    wait_child(&mut dies_with_it);
+
+    let next = Daemon::launch(&options, daemon.forsake());
+    // The one whose owner had gone.
+    next.wait_log("swept", 1);
+    assert_eq!(ready(&next), before);
+    let status = next.status();
+    let adopted = status["vms"].as_array().unwrap().iter().filter(|v| v["adopted"] == true);
+    assert_eq!(adopted.count(), 2, "{status}");
+    assert_eq!(status["counters"]["adopted"], 2, "{status}");
+    assert_eq!(status["counters"]["boots"], 0, "{status}");
+    assert_eq!(qemus(&next.dir.0).len(), 4);
+    // They are as good as new ones.
+    for _ in 0..2 {
+        assert_eq!(next.ok(&["run", "--", "echo", "adopted"]), "adopted\n");
+    }
+    next.wait_ready(2);
+    assert!(ready(&next).iter().all(|vm| !before.contains(vm)));
+    assert_eq!(next.ok(&["exec", &kept, "--", "echo", "still here"]), "still here\n");
+    outlives_it.kill().unwrap();
+    wait_child(&mut outlives_it);
+    next.wait_log("reclaimed", 1);
+    next.wait_log("vm-ended", 3);
+    assert_eq!(qemus(&next.dir.0).len(), 3);
+    next.ok(&["stop", &kept]);
+    next.wait_log("vm-ended", 4);
+    assert_nothing_left(&next.quit().0);
+}
+
+/// SIGUSR2 executes the program anew: the pid stays, and so does all else.
+#[test]
+fn a_restart_in_place_loses_no_vm_and_no_claim() {
+    let prepared = require_qemu!();
+    let daemon = Daemon::start(&Options::pool(&prepared, 2));
+    daemon.wait_rest(2);
+    let before = ready(&daemon);
+    daemon.signal(Signal::SIGUSR2);
+    // Whoever asks meanwhile waits in the socket's queue.
+    let id = daemon.ok(&["get"]).trim().to_string();
+    assert!(before.iter().any(|(vm, _)| *vm == id), "{id}{}", daemon.log());
+    daemon.wait_log("adopted: VM", 2);
+    daemon.wait_ready(2);
+    assert_eq!(daemon.status()["pid"], daemon.pid());
+    // Its QEMUs are still its children: one that dies leaves no zombie.
+    let (_, pid) = before.iter().find(|(vm, _)| *vm == id).unwrap();
+    kill(Pid::from_raw(*pid as i32), Signal::SIGKILL).unwrap();
+    daemon.wait_log("vm-ended", 1);
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+
+    // A claim that waits is served after the restart, by whom it is asked again.
+    let mut taken: Vec<String> = ready(&daemon).into_iter().map(|(id, _)| id).collect();
+    for _ in 0..2 {
+        daemon.ok(&["get"]);
+    }
+    let waiting = daemon.command(&["get"]).stdout(Stdio::piped()).spawn().unwrap();
+    crate::daemon::wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);
+    daemon.signal(Signal::SIGUSR2);
+    let out = waiting.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", daemon.log());
+    taken.push(text(&out.stdout).trim().to_string());
+    daemon.wait_ready(2);
+    assert_eq!(daemon.log_lines("server-restarting").len(), 2);
+    daemon.ok(&["stop", &taken[0], &taken[1], &taken[2]]);
+    daemon.wait_log("vm-ended", 4);
+    assert_nothing_left(&daemon.quit().0);
+}
+
+#[test]
+fn a_restart_that_would_fail_is_refused() {
+    let prepared = require_qemu!();
+    let daemon = Daemon::start(&Options::pool(&prepared, 1));
+    let before = ready(&daemon);
+    let good = fs::read_to_string(&daemon.config).unwrap();
+    for (bad, why) in [
+        (good.replace("default_memory = 256", "default_memory = \"much\""), "default_memory"),
+        (good.replace("vm_cache_number = 1", "vm_cache_number = 0"), "vm_cache_number is 0"),
+        (good.replace("kernel = \"", "kernel = \"/none"), "/none"),
+    ] {
+        assert_ne!(bad, good);
+        fs::write(&daemon.config, bad).unwrap();
+        let refused = daemon.log_lines("restart-refused").len();
+        daemon.signal(Signal::SIGUSR2);
+        daemon.wait_log("restart-refused", refused + 1);
+        let line = daemon.log_lines("restart-refused").pop().unwrap();
+        assert!(line.contains(why), "{line}");
+    }
+    fs::write(&daemon.config, good).unwrap();
+    assert_eq!(ready(&daemon), before);
+    assert_nothing_left(&daemon.quit().0);
+}
+
+/// What can not be used any more is ended, whatever is wrong with it.
+#[test]
+fn only_vms_that_fit_and_answer_are_taken_over() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 3);
+    let mut daemon = Daemon::start(&options);
+    daemon.wait_rest(3);
+    let before = ready(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    // One hangs, one is dead, one is as it was.
+    kill(Pid::from_raw(before[0].1 as i32), Signal::SIGSTOP).unwrap();
+    kill(Pid::from_raw(before[1].1 as i32), Signal::SIGKILL).unwrap();
+    let next = Daemon::launch(&options, daemon.forsake());
+    let status = next.status();
+    assert_eq!(status["counters"]["adopted"], 1, "{status}");
+    assert!(ready(&next).contains(&before[2]), "{status}");
+    assert!(!qemus(&next.dir.0).contains(&(before[0].1 as i32)));
+    next.wait_rest(3);
+
+    // A smaller pool takes no more than it has room for.
+    let mut daemon = next;
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    options.pool = 2;
+    let next = Daemon::launch(&options, daemon.forsake());
+    next.wait_log("retired: VM", 1);
+    assert_eq!(next.status()["counters"]["adopted"], 2);
+    assert_eq!(qemus(&next.dir.0).len(), 2);
+
+    // Another size is another VM.
+    let mut daemon = next;
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    options.memory = 320;
+    let next = Daemon::launch(&options, daemon.forsake());
+    next.wait_log("it was made from another configuration", 2);
+    next.wait_ready(2);
+    let status = next.status();
+    assert_eq!(status["counters"]["adopted"], 0, "{status}");
+    let sizes: Vec<_> =
+        status["vms"].as_array().unwrap().iter().map(|v| v["memory_mib"].clone()).collect();
+    assert_eq!(sizes, [320, 320]);
+    assert_nothing_left(&next.quit().0);
+}
