@@ -1,12 +1,15 @@
 //! The command line: every command and option, and the help that one reads.
 
+mod attach;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use attach::Attach;
+
 use crate::factory::Wanted;
-use crate::vm::attach::{Format, Image, Network};
 
 /// VMs that are booted before anyone asks
 #[derive(Debug, Parser)]
@@ -77,6 +80,12 @@ pub enum Command {
     List(Json),
     /// Stop the server; VMs that were handed out stay
     Quit,
+    /// Execute the server's program anew; no VM and no claim is lost
+    Restart,
+    /// Hand nothing out any more, and end what stands ready, until `resize`
+    Drain,
+    /// Keep so many VMs ready, until the server ends
+    Resize(Resize),
     /// What agents can do
     #[command(subcommand)]
     Agent(AgentCommand),
@@ -133,9 +142,19 @@ impl Size {
 }
 
 #[derive(Args, Debug)]
+pub struct Resize {
+    /// VMs to keep ready
+    #[arg(value_name = "N")]
+    pub target: u32,
+}
+
+#[derive(Args, Debug)]
 pub struct Get {
     #[command(flatten)]
     pub json: Json,
+    /// Shown in status beside the VM
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub label: String,
     #[command(flatten)]
     pub size: Size,
     /// Seconds to wait for a VM
@@ -163,41 +182,6 @@ pub struct Process {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
-}
-
-#[derive(Args, Debug)]
-pub struct Attach {
-    /// Disk image (one file system) as the command's root, or see --mount;
-    /// written to unless `:ro` follows
-    #[arg(long, value_name = "FILE[:ro]", value_parser = image)]
-    pub image: Option<Image>,
-    /// Format of the image [default: qcow2 when its name ends so, else raw]
-    #[arg(long, value_name = "raw|qcow2", requires = "image")]
-    pub image_format: Option<Format>,
-    /// Mount the image there instead, an absolute path
-    #[arg(long, value_name = "DIR", requires = "image", value_parser = absolute)]
-    pub mount: Option<String>,
-    /// Network card: `user` (the guest reaches what this host reaches), or
-    /// `tap=NAME[,netns=FILE][,ip=ADDRESS/LENGTH][,gateway=ADDRESS][,dns=ADDRESS]
-    /// [,mac=MAC][,mtu=BYTES]` for a tap that exists; may be given again
-    #[arg(long, value_name = "NETWORK")]
-    pub net: Vec<Network>,
-}
-
-fn image(text: &str) -> Result<Image, String> {
-    match text.strip_suffix(":ro") {
-        Some("") | None if text.is_empty() || text == ":ro" => Err("no file named".into()),
-        Some(path) => Ok(Image::new(path).read_only(true)),
-        None => Ok(Image::new(text)),
-    }
-}
-
-fn absolute(text: &str) -> Result<String, String> {
-    let clean = text.trim_end_matches('/');
-    if !clean.starts_with('/') || clean.split('/').any(|part| part == "..") {
-        return Err("must be an absolute path without `..`, and not the root".into());
-    }
-    Ok(clean.into())
 }
 
 #[derive(Args, Debug)]

@@ -73,6 +73,12 @@ fn dispatch(cli: Cli) -> Outcome {
             connect(&common)?.quit()?;
             Ok(0)
         }
+        Command::Restart => status::restart(&common),
+        Command::Drain => status::drain(&common),
+        Command::Resize(r) => {
+            connect(&common)?.resize(r.target)?;
+            Ok(0)
+        }
         Command::Get(g) => run::get(&common, &g),
         Command::Run(r) => run::run(&common, &r).map_err(Failure::in_vmcache),
         Command::Exec(e) => run::exec(&common, &e).map_err(Failure::in_vmcache),

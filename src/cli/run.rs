@@ -30,7 +30,7 @@ const HURRY: Duration = Duration::from_secs(2);
 /// Claims a VM, wakes it, prints it, and leaves it to the caller.
 pub fn get(common: &Common, g: &Get) -> Outcome {
     let session = Session::start()?;
-    let server = connect(common)?;
+    let server = connect(common)?.labelled(&g.label);
     let own = own_config(common)?;
     let wanted = g.size.within(g.wait);
     let progress = Progress::start("waiting for a VM");

@@ -1,17 +1,22 @@
 //! `vmcache status`.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::args::{Common, Status};
-use super::output::{age, table, Failure};
+use super::output::{age, table, Failure, FAILED};
+use super::progress::Progress;
 use super::{connect, Outcome};
 use crate::factory::grpccache::{Error, GrpcCache};
 
 /// Between two looks with `--watch`.
 const EVERY: Duration = Duration::from_secs(1);
+/// Between two looks whether something has been done.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a server may take to restart: what waits is ended, and its pool looked at.
+const RESTART: Duration = Duration::from_secs(60);
 
 /// Prints the status, once or again and again.
 pub fn status(common: &Common, s: &Status) -> Outcome {
@@ -25,13 +30,49 @@ pub fn status(common: &Common, s: &Status) -> Outcome {
         if !s.watch {
             return Ok(0);
         }
-        pause();
+        pause(EVERY);
+    }
+}
+
+/// Restarts the server and waits until it answers again.
+pub fn restart(common: &Common) -> Outcome {
+    let server = connect(common)?;
+    let before = server.fetch_details()?["started"].clone();
+    server.restart()?;
+    drop(server);
+    let _progress = Progress::start("waiting for the server");
+    let deadline = Instant::now() + RESTART;
+    loop {
+        // The socket stays: this waits for who accepts next.
+        match connect(common).and_then(|s| Ok(s.fetch_details()?)) {
+            Ok(now) if now["started"] != before => return Ok(0),
+            Err(e) if Instant::now() > deadline => return Err(e),
+            Ok(_) if Instant::now() > deadline => {
+                let text = "the server did not restart: its log tells why";
+                return Err(Failure::new(FAILED, text));
+            }
+            _ => pause(LOOK),
+        }
+    }
+}
+
+/// Drains the pool and waits until nothing stands ready.
+pub fn drain(common: &Common) -> Outcome {
+    let server = connect(common)?;
+    server.drain()?;
+    let _progress = Progress::start("waiting for VMs to end");
+    loop {
+        let pool = &server.fetch_details()?["pool"];
+        if pool["ready"] == 0 && pool["booting"] == 0 {
+            return Ok(0);
+        }
+        pause(LOOK);
     }
 }
 
 #[allow(clippy::disallowed_methods)] // A picture a second, for a person.
-fn pause() {
-    std::thread::sleep(EVERY);
+fn pause(time: Duration) {
+    std::thread::sleep(time);
 }
 
 fn look(server: &GrpcCache, json: bool) -> Result<String, Failure> {

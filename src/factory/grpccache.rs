@@ -1,7 +1,7 @@
 //! The grpccache factory: the client of a server's pool.
 //!
-//! Speaks Kata's four calls, and asks for a lease by a header that a stock
-//! server does not read.
+//! Claims by our own call, which has to be confirmed; with a stock server, by
+//! Kata's four.
 //!
 //! Invariants: a VM that was received is owned by the [`Vm`] that is returned;
 //! one that can not be taken over is reported with its id.
@@ -20,6 +20,7 @@ use super::cache::pool::RESTARTING;
 use super::{BaseFactory, VmStatus};
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
+use crate::proto::control::{ClaimRequest, ResizeRequest, VmName};
 use crate::proto::control_grpc::ControlClient;
 use crate::proto::empty::Empty;
 use crate::sys::rpc::channel_over;
@@ -98,6 +99,7 @@ pub struct GrpcCache {
     cache: CacheServiceClient,
     control: ControlClient,
     lease: bool,
+    label: String,
     /// What the server says of its VMs: it does not change while it runs.
     served: OnceLock<VmConfig>,
     // Last, so that its threads outlive the channel.
@@ -122,6 +124,7 @@ impl GrpcCache {
             cache: CacheServiceClient::new(channel.clone()),
             control: ControlClient::new(channel),
             lease: false,
+            label: String::new(),
             served: OnceLock::new(),
             _environment: environment,
         })
@@ -131,6 +134,12 @@ impl GrpcCache {
     /// let go of by the server's knowing.
     pub fn leasing(mut self) -> GrpcCache {
         self.lease = true;
+        self
+    }
+
+    /// The same connection, whose VMs are shown in status with this beside them.
+    pub fn labelled(mut self, label: &str) -> GrpcCache {
+        self.label = label.to_string();
         self
     }
 
@@ -200,33 +209,105 @@ impl GrpcCache {
     }
 
     /// GetBaseVM, as it came: whoever calls this owns a VM that is not held by
-    /// any value. For measuring; everyone else wants [`BaseFactory::get_base_vm`].
-    /// A server that restarts meanwhile is asked again.
+    /// any value. For measuring, and for servers that have no Claim; everyone else wants
+    /// [`BaseFactory::get_base_vm`]. A server that restarts meanwhile is asked again.
     pub fn claim_raw(&self, within: Option<Duration>) -> Result<GrpcVM, Error> {
+        self.patiently(within, |server, since, within| {
+            let mut option = waiting(within);
+            if server.lease {
+                let mut headers = MetadataBuilder::with_capacity(1);
+                headers.add_str(LEASE_HEADER, "process").expect("a constant ASCII header is valid");
+                option = option.headers(headers.build());
+            }
+            let got = server.cache.get_base_vm_opt(&Empty::new(), option);
+            got.map_err(|e| server.failed("GetBaseVM", since, e))
+        })
+    }
+
+    /// Claim, as it came: the VM is the caller's once it has called
+    /// [`GrpcCache::confirm_claim`], and is ended if it does not; with its grace.
+    pub fn claim(&self, within: Option<Duration>) -> Result<(GrpcVM, Duration), Error> {
+        let call = "vmcache.v1.Control/Claim";
+        let request = ClaimRequest {
+            lease: self.lease,
+            label: self.label.clone(),
+            ..ClaimRequest::default()
+        };
+        let answer = self.patiently(within, |server, since, within| {
+            let got = server.control.claim_opt(&request, waiting(within));
+            got.map_err(|e| server.failed(call, since, e))
+        })?;
+        let grace = Duration::from_millis(answer.grace_ms.into());
+        match answer.vm.into_option() {
+            Some(vm) => Ok((vm, grace)),
+            None => {
+                let (endpoint, why) = (self.endpoint.clone(), "it has no VM".into());
+                Err(Error::Answer { endpoint, call, why })
+            }
+        }
+    }
+
+    /// Asks a server that restarts again, as long as there is time.
+    fn patiently<T>(
+        &self,
+        within: Option<Duration>,
+        ask: impl Fn(&GrpcCache, Instant, Option<Duration>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let since = Instant::now();
-        let mut claimed = self.claim_once(since, within);
-        while matches!(&claimed, Err(Error::Stopping { text, .. }) if text == RESTARTING) {
+        let mut answer = ask(self, since, within);
+        while matches!(&answer, Err(Error::Stopping { text, .. }) if text == RESTARTING) {
             let left = within.map(|w| w.saturating_sub(since.elapsed()));
             // Its socket has stayed: who connects waits for the next one to accept.
             let again = GrpcCache::connect(&self.endpoint)?;
-            claimed = GrpcCache { lease: self.lease, ..again }.claim_once(since, left);
+            answer = ask(&GrpcCache { lease: self.lease, ..again }, since, left);
         }
-        claimed
+        answer
     }
 
-    fn claim_once(&self, since: Instant, within: Option<Duration>) -> Result<GrpcVM, Error> {
-        let mut option = CallOption::default();
-        if let Some(within) = within {
-            option = option.timeout(within);
+    /// Confirm: the caller has the VM that it claimed.
+    pub fn confirm_claim(&self, id: &str) -> Result<(), Error> {
+        let call = "vmcache.v1.Control/Confirm";
+        let ask = |server: &GrpcCache| {
+            let name = VmName { id: id.into(), ..VmName::default() };
+            let since = Instant::now();
+            let done = server.control.confirm_opt(&name, Self::short());
+            done.map(|_| ()).map_err(|e| server.failed(call, since, e))
+        };
+        match ask(self) {
+            // It may have restarted since; the next one knows of the claim.
+            Err(Error::Stopping { .. }) => ask(&GrpcCache::connect(&self.endpoint)?),
+            other => other,
         }
-        if self.lease {
-            let mut headers = MetadataBuilder::with_capacity(1);
-            headers.add_str(LEASE_HEADER, "process").expect("a constant ASCII header is valid");
-            option = option.headers(headers.build());
-        }
-        self.cache
-            .get_base_vm_opt(&Empty::new(), option)
-            .map_err(|e| self.failed("GetBaseVM", since, e))
+    }
+
+    /// Release: the server ends a VM that was claimed.
+    pub fn release(&self, id: &str) -> Result<(), Error> {
+        let since = Instant::now();
+        let name = VmName { id: id.into(), ..VmName::default() };
+        let done = self.control.release_opt(&name, Self::short());
+        done.map(|_| ()).map_err(|e| self.failed("vmcache.v1.Control/Release", since, e))
+    }
+
+    /// Drain: the server hands nothing out any more.
+    pub fn drain(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        let done = self.control.drain_opt(&Empty::new(), Self::short());
+        done.map(|_| ()).map_err(|e| self.failed("vmcache.v1.Control/Drain", since, e))
+    }
+
+    /// Resize: the server keeps so many VMs ready.
+    pub fn resize(&self, target: u32) -> Result<(), Error> {
+        let since = Instant::now();
+        let request = ResizeRequest { target, ..ResizeRequest::default() };
+        let done = self.control.resize_opt(&request, Self::short());
+        done.map(|_| ()).map_err(|e| self.failed("vmcache.v1.Control/Resize", since, e))
+    }
+
+    /// Restart: the server executes its program anew.
+    pub fn restart(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        let done = self.control.restart_opt(&Empty::new(), Self::short());
+        done.map(|_| ()).map_err(|e| self.failed("vmcache.v1.Control/Restart", since, e))
     }
 
     /// Status: the VMs that stand ready.
@@ -261,6 +342,11 @@ impl GrpcCache {
     }
 }
 
+/// For a call that may take so long.
+fn waiting(within: Option<Duration>) -> CallOption {
+    within.map_or_else(CallOption::default, |within| CallOption::default().timeout(within))
+}
+
 impl BaseFactory for GrpcCache {
     fn config(&self) -> Result<VmConfig, super::Error> {
         self.served().cloned().map_err(super::Error::Cache)
@@ -275,9 +361,21 @@ impl BaseFactory for GrpcCache {
                 super::Error::Cache(Error::Answer { endpoint, call: "Config", why })
             })?;
         }
-        let message = self.claim_raw(within).map_err(super::Error::Cache)?;
+        let message = match self.claim(within) {
+            Ok((vm, _)) => Ok(vm),
+            Err(Error::Unsupported { .. }) => self.claim_raw(within),
+            Err(e) => Err(e),
+        };
+        let message = message.map_err(super::Error::Cache)?;
         let served = || Ok(served.clone());
         wire::from_wire(&message, served).map_err(super::Error::Vm)
+    }
+
+    fn confirm(&self, vm: &Vm) -> Result<(), super::Error> {
+        match self.confirm_claim(vm.id()) {
+            Ok(()) | Err(Error::Unsupported { .. }) => Ok(()),
+            Err(e) => Err(super::Error::Cache(e)),
+        }
     }
 
     fn status(&self) -> Result<Vec<VmStatus>, super::Error> {

@@ -83,6 +83,12 @@ pub trait BaseFactory {
     fn config(&self) -> Result<VmConfig, Error>;
     /// One VM, which the caller owns; `None` waits without a deadline.
     fn get_base_vm(&self, within: Option<Duration>) -> Result<Vm, Error>;
+    /// The caller has the VM that it got from here: it is kept from now on, whatever
+    /// becomes of the caller, unless it was leased.
+    fn confirm(&self, vm: &Vm) -> Result<(), Error> {
+        let _ = vm;
+        Ok(())
+    }
     /// The VMs that it holds ready.
     fn status(&self) -> Result<Vec<VmStatus>, Error>;
     /// Ends it; VMs that it handed out stay.
@@ -164,6 +170,7 @@ impl<'a> Factory<'a> {
             .map_err(|e| Error::Size { what: e.to_string() })?;
         let mut vm = self.base.get_base_vm(wanted.within)?;
         (self.born)(vm.birth());
+        self.base.confirm(&vm)?;
         let agent = vm.wake().map_err(Error::Vm)?;
         vm.grow(&*agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
         Ok(Obtained { vm, agent, fallback: None })

@@ -12,6 +12,8 @@
 //! and all VMs that were not handed out are gone.
 
 pub mod adopt;
+pub mod claim;
+pub mod control;
 pub mod handover;
 pub mod listener;
 pub mod notify;
@@ -131,7 +133,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let server = ServerBuilder::new(Arc::clone(&environment))
         .channel_args(arguments)
         .register_service(service::cache(&config, &pool, &peers))
-        .register_service(service::control(&config, &pool))
+        .register_service(control::control(&config, &pool, &peers, &again))
         .build()
         .map_err(|e| Error::Rpc(e.to_string()))?;
     let accepting = inherited
@@ -195,6 +197,11 @@ pub type Again = dyn Fn() -> Result<(), String> + Send + Sync;
 /// Why it would, a sentence; nothing has changed then.
 pub fn restart(pool: &Pool, again: &Again, why: &str) -> Result<(), String> {
     again()?;
-    pool.tell(Event::Stop(Stop { why: format!("restart: {why}"), leave: true }));
+    leave(pool, why);
     Ok(())
+}
+
+/// Tells the driver to stop for a restart in place.
+fn leave(pool: &Pool, why: &str) {
+    pool.tell(Event::Stop(Stop { why: format!("restart: {why}"), leave: true }));
 }

@@ -1,38 +1,26 @@
-//! The calls: `cache.CacheService`, Kata's four, and our own Control.
+//! Kata's calls, `cache.CacheService`, and what handlers share.
 //!
-//! GetBaseVM takes a stream of requests: on the wire that is the same as a
-//! single one, and only a stream of requests tells, when it is asked, whether
-//! its client is still there, so that a claim that was given up takes no VM
-//! with it.
-//!
-//! Invariants: handlers never wait; a ready VM is taken, recorded and answered
-//! on gRPC's own thread; whatever becomes of a delivery, the driver is told,
-//! and the VM moves with the telling.
+//! Invariant: handlers never wait.
 
-use std::future::poll_fn;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
 
-use futures_util::Stream;
 use grpcio::{
-    pb_de, pb_ser, ClientStreamingSink, Marshaller, Method, MethodType, RequestStream, RpcContext,
-    RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
+    pb_de, pb_ser, Marshaller, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode, Service,
+    ServiceBuilder, UnarySink,
 };
 
+use super::claim::Call;
 use super::listener::{Peer, Peers};
 use crate::config::Config;
-use crate::factory::cache::claim::{Answer, Place};
-use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
+use crate::factory::cache::pool::Pool;
 use crate::factory::grpccache::LEASE_HEADER;
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig, GrpcVMStatus};
-use crate::proto::control::StatusReply;
-use crate::proto::control_grpc::{create_control, Control};
 use crate::proto::empty::Empty;
 use crate::vm::ledger::Owner;
 use crate::vm::VmConfig;
 
-const fn method<Q, R>(ty: MethodType, name: &'static str) -> Method<Q, R>
+/// A call, as gRPC registers it.
+pub const fn method<Q, R>(ty: MethodType, name: &'static str) -> Method<Q, R>
 where
     Q: protobuf::Message,
     R: protobuf::Message,
@@ -64,7 +52,7 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
             succeed(&ctx, sink, answer.clone());
         })
         .add_client_streaming_handler(&GET_BASE_VM, move |ctx: RpcContext<'_>, client, sink| {
-            let call = Call { client, sink };
+            let call: Call<Empty, GrpcVM> = Call { client, sink, answer: |vm| vm };
             claim(&ctx, call, &claiming, &claimers);
         })
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
@@ -87,7 +75,8 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
         .build()
 }
 
-fn succeed<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, answer: T) {
+/// Answers.
+pub fn succeed<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, answer: T) {
     let sent = sink.success(answer);
     ctx.spawn(async move {
         // Dropped, it would cancel the call.
@@ -95,7 +84,8 @@ fn succeed<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, answer: 
     });
 }
 
-fn fail<T: Send + 'static>(
+/// Refuses.
+pub fn fail<T: Send + 'static>(
     ctx: &RpcContext<'_>,
     sink: UnarySink<T>,
     code: RpcStatusCode,
@@ -107,133 +97,46 @@ fn fail<T: Send + 'static>(
     });
 }
 
-fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &Peers) {
-    let peer = peers.find(&ctx.peer());
+/// Root, or who runs the server: who may end it. The sink comes back with it; anybody
+/// else is told so.
+pub fn master<T: Send + 'static>(
+    ctx: &RpcContext<'_>,
+    sink: UnarySink<T>,
+    peers: &Peers,
+    call: &str,
+) -> Option<(Peer, UnarySink<T>)> {
     let own = nix::unistd::geteuid().as_raw();
-    match peer {
-        Some(peer) if peer.uid == 0 || peer.uid == own => {
-            log::info!("quit: asked for by pid {} of uid {}", peer.pid, peer.uid);
-            let pool = Arc::clone(pool);
-            let why = format!("Quit by pid {}", peer.pid);
-            let sent = sink.success(Empty::new());
-            ctx.spawn(async move {
-                // Answered first: stopping cancels what is still on its way.
-                let _ = sent.await;
-                super::stop(&pool, &why);
-            });
-        }
+    match peers.find(&ctx.peer()) {
+        Some(peer) if peer.uid == 0 || peer.uid == own => Some((peer, sink)),
         _ => {
-            let text = "Quit is for root and the server's own user";
-            fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, text);
+            let text = format!("{call} is for root and the server's own user");
+            fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, &text);
+            None
         }
     }
 }
 
-/// A GetBaseVM call: who asks, and where the answer goes. The one must outlive
-/// the other: dropped, a stream of requests cancels its call.
-struct Call {
-    client: RequestStream<Empty>,
-    sink: ClientStreamingSink<GrpcVM>,
-}
-
-impl Call {
-    async fn refuse(self, code: RpcStatusCode, text: &str) {
-        let _ = self.sink.fail(RpcStatus::with_message(code, text.to_string())).await;
-        drop(self.client);
-    }
+fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &Peers) {
+    let Some((peer, sink)) = master(ctx, sink, peers, "Quit") else { return };
+    log::info!("quit: asked for by pid {} of uid {}", peer.pid, peer.uid);
+    let pool = Arc::clone(pool);
+    let why = format!("Quit by pid {}", peer.pid);
+    let sent = sink.success(Empty::new());
+    ctx.spawn(async move {
+        // Answered first: stopping cancels what is still on its way.
+        let _ = sent.await;
+        super::stop(&pool, &why);
+    });
 }
 
 /// GetBaseVM.
-fn claim(ctx: &RpcContext<'_>, call: Call, pool: &Arc<Pool>, peers: &Peers) {
+fn claim(ctx: &RpcContext<'_>, call: Call<Empty, GrpcVM>, pool: &Arc<Pool>, peers: &Peers) {
     let Some(peer) = peers.find(&ctx.peer()) else {
         let code = RpcStatusCode::PERMISSION_DENIED;
         return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
     };
-    let pool = Arc::clone(pool);
-    if pool.closing() {
-        return ctx
-            .spawn(async move { call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await });
-    }
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
     let Peer { pid, start_time, uid } = peer;
-    let owner = Owner { pid, start_time, uid, lease };
-    match pool.take() {
-        Some(ready) => ctx.spawn(async move { deliver(call, ready, owner, &pool, false).await }),
-        None if pool.closing() => {
-            ctx.spawn(
-                async move { call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await },
-            );
-        }
-        None => {
-            let place = pool.stand_in_line();
-            ctx.spawn(async move { wait(call, &place, owner, &pool).await });
-        }
-    }
-}
-
-/// Waits in line, until there is an answer or the client has gone.
-async fn wait(mut call: Call, place: &Arc<Place>, owner: Owner, pool: &Pool) {
-    let answer = poll_fn(|cx| {
-        // An error is the client's cancellation, its deadline, or its end. It
-        // comes only when it is asked for: the driver has every place asked
-        // now and then, and this one is when a VM comes.
-        let client = Pin::new(&mut call.client).poll_next(cx);
-        let gone = matches!(client, Poll::Ready(Some(Err(_))));
-        match gone {
-            true => Poll::Ready(None),
-            false => place.poll(cx).map(Some),
-        }
-    })
-    .await;
-    match answer.or_else(|| place.leave().map(Answer::returned)) {
-        Some(Answer::Vm(ready)) => deliver(call, ready, owner, pool, true).await,
-        Some(Answer::Closing) => call.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await,
-        // Nobody has seen this VM: it is as good as new.
-        Some(Answer::Returned(ready)) => pool.tell(Event::Returned(ready)),
-        None => pool.tell(Event::Gone(Arc::clone(place))),
-    }
-}
-
-/// Sends a VM to its claimer and tells the driver what became of it.
-async fn deliver(call: Call, ready: Box<Ready>, owner: Owner, pool: &Pool, waited: bool) {
-    let Call { client, sink } = call;
-    let Ready { vm, message, note, .. } = *ready;
-    let sent = match note.write(&owner) {
-        Ok(()) => {
-            // Nobody else is woken before the answer is out: on a small machine
-            // the driver would take the client's processor.
-            sink.success(message).await.map_err(|e| e.to_string())
-        }
-        Err(e) => {
-            let text = format!("write the ledger of VM {}: {e}", vm.id());
-            let status = RpcStatus::with_message(RpcStatusCode::INTERNAL, text.clone());
-            let _ = sink.fail(status).await;
-            Err(text)
-        }
-    };
-    drop(client);
-    pool.tell(match sent {
-        Ok(()) => Event::Delivered { vm: Delivered::new(vm, owner), waited },
-        Err(why) => Event::Undelivered { vm: Box::new(vm), why },
-    });
-}
-
-/// Our own service.
-#[derive(Clone)]
-struct Own {
-    pool: Arc<Pool>,
-    endpoint: String,
-}
-
-/// Our own service, ready to be registered.
-pub fn control(config: &Config, pool: &Arc<Pool>) -> Service {
-    let endpoint = config.endpoint().display().to_string();
-    create_control(Own { pool: Arc::clone(pool), endpoint })
-}
-
-impl Control for Own {
-    fn status(&mut self, ctx: RpcContext<'_>, _: Empty, sink: UnarySink<StatusReply>) {
-        let json = self.pool.board.json(&self.endpoint).to_string().into_bytes();
-        succeed(&ctx, sink, StatusReply { json, ..StatusReply::default() });
-    }
+    let owner = Owner { pid, start_time, uid, lease, unconfirmed: false };
+    ctx.spawn(call.serve(owner, String::new(), Arc::clone(pool)));
 }

@@ -89,7 +89,7 @@ fn old(ledger: &Ledger) -> bool {
 /// The VM when a client has it; otherwise nothing of it stays.
 fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
     let claimed = match (ledger.state, &ledger.owner) {
-        (State::Handed, Some(owner)) if owner.lease => owner.runs(),
+        (State::Handed, Some(owner)) if owner.lease || owner.unconfirmed => owner.runs(),
         (State::Handed, _) => true,
         // Its answer may have arrived; who is gone has no more use for it.
         (State::Handing, Some(owner)) => owner.runs(),

@@ -218,6 +218,7 @@ impl Spawned {
                 Purpose::Pool { .. } => None,
                 Purpose::Own { leased, .. } => Some(Owner::this_process(*leased)),
             },
+            label: String::new(),
             agent: config.agent_kind,
             cid: None,
             agent_url: String::new(),

@@ -71,6 +71,9 @@ pub struct Owner {
     pub uid: u32,
     /// Whether the VM ends when this process does.
     pub lease: bool,
+    /// Whether it has yet to say that it has the VM; until then, it is as a lease.
+    #[serde(default)]
+    pub unconfirmed: bool,
 }
 
 impl Owner {
@@ -78,7 +81,7 @@ impl Owner {
     pub fn this_process(lease: bool) -> Owner {
         let pid = std::process::id() as i32;
         let start_time = start_time(pid).unwrap_or(0);
-        Owner { pid, start_time, uid: nix::unistd::geteuid().as_raw(), lease }
+        Owner { pid, start_time, uid: nix::unistd::geteuid().as_raw(), lease, unconfirmed: false }
     }
 
     /// Whether it still runs.
@@ -113,6 +116,9 @@ pub struct Ledger {
     pub created: u64,
     /// Who claimed it.
     pub owner: Option<Owner>,
+    /// What its claimer calls it.
+    #[serde(default)]
+    pub label: String,
     /// Which agent its guest has.
     #[serde(default)]
     pub agent: Kind,
@@ -249,8 +255,9 @@ impl ClaimNote {
     /// # Errors
     /// As the file system's; nobody is the owner then.
     pub fn write(&self, owner: &Owner) -> io::Result<()> {
-        let Owner { pid, start_time, uid, lease } = owner;
-        let line = format!("{pid} {start_time} {uid} {}\n", u8::from(*lease));
+        let Owner { pid, start_time, uid, lease, unconfirmed } = owner;
+        let flags = u8::from(*lease) | u8::from(*unconfirmed) << 1;
+        let line = format!("{pid} {start_time} {uid} {flags}\n");
         io::Write::write_all(&mut &self.0, line.as_bytes())
     }
 
@@ -259,13 +266,10 @@ impl ClaimNote {
         let mut text = String::new();
         fs::File::open(dir.join(NOTE)).ok()?.take(256).read_to_string(&mut text).ok()?;
         let mut words = text.strip_suffix('\n')?.split(' ');
-        let owner = Owner {
-            pid: words.next()?.parse().ok()?,
-            start_time: words.next()?.parse().ok()?,
-            uid: words.next()?.parse().ok()?,
-            lease: words.next()? == "1",
-        };
-        words.next().is_none().then_some(owner)
+        let (pid, start_time) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        let (uid, flags) = (words.next()?.parse().ok()?, words.next()?.parse::<u8>().ok()?);
+        let (lease, unconfirmed) = (flags & 1 != 0, flags & 2 != 0);
+        words.next().is_none().then_some(Owner { pid, start_time, uid, lease, unconfirmed })
     }
 }
 
@@ -290,7 +294,8 @@ mod tests {
             memory_mib: 64,
             endpoint: "/e".into(),
             created: 3,
-            owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true }),
+            owner: Some(Owner { pid: 4, start_time: 5, uid: 6, lease: true, unconfirmed: false }),
+            label: "l".into(),
             agent: Kind::Kata,
             cid: Some(7),
             agent_url: "vsock://7:1024".into(),
@@ -303,7 +308,7 @@ mod tests {
         assert_eq!(Ledger::all(&dir).len(), 1);
         let note = ClaimNote::open(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap().state, State::Ready);
-        let owner = Owner { pid: 7, start_time: 8, uid: 9, lease: false };
+        let owner = Owner { pid: 7, start_time: 8, uid: 9, lease: false, unconfirmed: true };
         note.write(&owner).unwrap();
         let read = Ledger::read(&vm).unwrap();
         assert_eq!((read.state, read.owner), (State::Handing, Some(owner)));

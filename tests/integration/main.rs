@@ -16,7 +16,9 @@
 //! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
 //! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
 //! | `faults`    | what can be wrong, each with its error and exit code |
-//! | `deaths`    | SIGKILL of clients, VMs and the server |
+//! | `deaths`    | SIGKILL of clients and of VMs |
+//! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
+//! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
@@ -33,6 +35,7 @@
 mod attach;
 mod claimed;
 mod conformance;
+mod control;
 mod daemon;
 mod deaths;
 mod faults;

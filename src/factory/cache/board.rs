@@ -29,6 +29,8 @@ pub struct Seen {
     pub awake: bool,
     /// Whether a server before this one made it.
     pub adopted: bool,
+    /// What its claimer calls it.
+    pub label: String,
 }
 
 impl Seen {
@@ -43,6 +45,7 @@ impl Seen {
             since,
             awake: false,
             adopted: false,
+            label: vm.ledger().label.clone(),
         }
     }
 }
@@ -66,6 +69,8 @@ pub struct Counters {
     pub adopted: u64,
     /// VMs that died while they stood ready.
     pub died_ready: u64,
+    /// VMs ended because their claim was not confirmed in time.
+    pub claims_unconfirmed: u64,
     /// VMs ended because the process that had leased them ended.
     pub leases_ended: u64,
 }
@@ -73,6 +78,8 @@ pub struct Counters {
 /// What is shown.
 #[derive(Debug, Default)]
 pub struct Facts {
+    /// When this server started, nanoseconds since the epoch.
+    pub started: u64,
     /// VMs to keep ready.
     pub target: usize,
     /// Claims in line.
@@ -115,6 +122,7 @@ impl Board {
                     "id": vm.id, "pid": pid, "state": vm.state.name(), "source": vm.source,
                     "cpus": vm.cpus, "memory_mib": vm.memory_mib,
                     "age_s": vm.since.elapsed().as_secs(), "adopted": vm.adopted,
+                    "label": vm.label,
                 })
             })
             .collect();
@@ -122,6 +130,8 @@ impl Board {
             "pid": std::process::id(),
             "endpoint": endpoint,
             "version": env!("CARGO_PKG_VERSION"),
+            // Another one after a restart, which keeps the pid.
+            "started": facts.started,
             "pool": {
                 "target": facts.target,
                 "ready": count(State::Ready),

@@ -5,20 +5,23 @@
 //! has returned, no VM that was not handed out is left, unless it was told to leave
 //! them to the next server.
 
+mod confirm;
+mod ending;
 mod handed;
 mod line;
 mod rest;
+mod target;
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{after, at, bounded, never, select, Sender};
+use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
 
 use super::board::Seen;
-use super::claim::{Answer, Place};
+use super::claim::Place;
 use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
@@ -26,16 +29,12 @@ use super::watch::Watch;
 use crate::config::Config;
 use crate::process::attendant::Role;
 use crate::report::chain;
-use crate::sys::process::{pidfd_kill, random, stand_back};
+use crate::sys::process::{random, stand_back};
 use crate::vm::boot::BootError;
-use crate::vm::ledger::State;
+use crate::vm::ledger::{Ledger, State};
 use crate::vm::Vm;
 use crate::worker::{self, Worker};
 
-/// How long a stopping driver waits for answers that are on their way to clients.
-const DELIVERY: Duration = Duration::from_secs(3);
-/// How long it waits for its boot workers, whose QEMUs it has killed.
-const WORKERS: Duration = Duration::from_secs(15);
 /// How often, while claims wait, their clients are looked after.
 const LOOK: Duration = Duration::from_millis(500);
 /// The driver's nice value.
@@ -65,9 +64,12 @@ struct Handed {
     pidfd: OwnedFd,
     attendants: Vec<OwnedFd>,
     dir: PathBuf,
-    id: String,
+    /// What is on disk about it.
+    ledger: Ledger,
     /// The watch on its owner, when it is leased.
     lease: Option<u64>,
+    /// When it is ended, unless its owner confirms it before.
+    until: Option<Instant>,
 }
 
 /// The driver's state; lives on its thread.
@@ -77,6 +79,11 @@ pub struct Driver {
     policy: Policy,
     source: &'static str,
     jobs: Option<Sender<Job>>,
+    /// What workers need: how VMs are made, and their end of the jobs.
+    making: Arc<Source>,
+    jobs_out: Receiver<Job>,
+    /// The most workers there are to be.
+    parallel: usize,
     workers: Vec<Worker<()>>,
     watch: Watch,
     watched: HashMap<u64, Watched>,
@@ -84,6 +91,8 @@ pub struct Driver {
     line: VecDeque<Arc<Place>>,
     booting: HashMap<u64, Booting>,
     handed: HashMap<i32, Handed>,
+    /// When VMs have to be confirmed, by QEMU's pid; the earliest first.
+    graces: VecDeque<(Instant, i32)>,
     rest: rest::Rest,
     next_job: u64,
     /// Stopping, with VMs left to the next server.
@@ -112,13 +121,21 @@ impl Driver {
         }
         let watch = Watch::start(pool.events.clone())
             .map_err(|source| worker::Error::Start { name: "vmc-watch".into(), source })?;
-        pool.board.facts().target = config.pool;
+        {
+            let mut facts = pool.board.facts();
+            facts.target = config.pool;
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            facts.started = now.map_or(0, |d| d.as_nanos() as u64);
+        }
         Ok(Driver {
             pool: Arc::clone(pool),
             ends,
             policy: Policy::new(config.pool, workers.len()),
             source: source.name(),
             jobs: Some(jobs),
+            making: source,
+            jobs_out,
+            parallel: config.boot_parallel,
             workers,
             watch,
             watched: HashMap::new(),
@@ -126,6 +143,7 @@ impl Driver {
             line: VecDeque::new(),
             booting: HashMap::new(),
             handed: HashMap::new(),
+            graces: VecDeque::new(),
             rest: rest::Rest::new(config, pool)?,
             next_job: 1,
             leaving: false,
@@ -142,7 +160,8 @@ impl Driver {
             let now = Instant::now();
             self.start_boots(now);
             self.rest_next(now);
-            let wake = [self.policy.wake_at(self.view(), now), self.rest_at(now)];
+            self.end_unconfirmed(now);
+            let wake = [self.policy.wake_at(self.view(), now), self.rest_at(now), self.grace_at()];
             let alarm = wake.into_iter().flatten().min().map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
@@ -198,6 +217,9 @@ impl Driver {
             Event::Rehearsed { pid, silent } => self.rehearsed(pid, silent),
             Event::Rested { ready, failed } => self.rested(ready, failed),
             Event::Ended(token) => self.ended(token),
+            Event::Confirm(asked) => self.confirm(asked),
+            Event::Release(asked) => self.release(asked),
+            Event::Target { target, by } => self.set_target(target, &by),
             Event::Stop(_) => {}
         }
     }
@@ -213,6 +235,7 @@ impl Driver {
             since: booting.since,
             awake: false,
             adopted: false,
+            label: String::new(),
         };
         let before = booting.qemu.replace((pid, pidfd));
         let mut facts = self.pool.board.facts();
@@ -227,7 +250,10 @@ impl Driver {
         let booting = self.booting.remove(&job);
         let since = booting.as_ref().map_or_else(Instant::now, |b| b.since);
         match result {
-            Ok(ready) => self.ready(ready, since),
+            Ok(ready) => {
+                self.ready(ready, since);
+                self.retire_surplus();
+            }
             Err(e) => {
                 if let Some((pid, _)) = booting.and_then(|b| b.qemu) {
                     self.forget(pid);
@@ -332,88 +358,5 @@ impl Driver {
             self.watch.remove(token);
             self.watched.remove(&token);
         }
-    }
-
-    /// What was told too late to be waited for: nobody reads the channel after this,
-    /// and a VM that lies in it would be nobody's.
-    fn last_events(&mut self) {
-        while let Ok(event) = self.ends.events.try_recv() {
-            match event {
-                Event::Delivered { vm, waited } => self.delivered(vm, waited),
-                Event::Started { pidfd, .. } => {
-                    let _ = pidfd_kill(pidfd.as_fd(), KILL);
-                }
-                Event::Rested { ready, failed: None } | Event::Returned(ready) => self.part(ready),
-                Event::Booted { result: Ok(ready), .. } => self.part(ready),
-                // Dropped, and with it the VM.
-                _ => {}
-            }
-        }
-        self.part_all();
-    }
-
-    /// A VM that is not handed out here any more.
-    fn part(&self, ready: Box<Ready>) {
-        match self.leaving {
-            true => ready.vm.let_go(),
-            false => ready.vm.destroy(),
-        }
-    }
-
-    fn part_all(&self) {
-        self.pool.ready.try_iter().for_each(|ready| self.part(ready));
-    }
-
-    /// Nothing is handed out any more; what was not handed out is destroyed.
-    fn stop(&mut self) {
-        if self.leaving {
-            self.pool.leave();
-        }
-        self.pool.close();
-        self.jobs = None;
-        for place in self.line.drain(..) {
-            self.pool.left_line();
-            let _ = place.give(Answer::Closing);
-        }
-        for booting in self.booting.values() {
-            if let Some((_, pidfd)) = &booting.qemu {
-                let _ = pidfd_kill(pidfd.as_fd(), KILL);
-            }
-        }
-        let delivery = Instant::now() + DELIVERY;
-        let workers = Instant::now() + WORKERS;
-        while self.pool.in_hands() > 0 || !self.booting.is_empty() {
-            self.part_all();
-            let until = if self.booting.is_empty() { delivery } else { workers };
-            let event = match self.ends.events.recv_deadline(until) {
-                Ok(event) => event,
-                Err(_) => break,
-            };
-            match event {
-                Event::Claim(place) => {
-                    self.pool.left_line();
-                    let _ = place.give(Answer::Closing);
-                }
-                Event::Started { pidfd, .. } => {
-                    let _ = pidfd_kill(pidfd.as_fd(), KILL);
-                }
-                Event::Booted { job, result } => {
-                    self.booting.remove(&job);
-                    if let Ok(ready) = result {
-                        self.part(ready);
-                    }
-                }
-                other => self.handle(other),
-            }
-        }
-        self.part_all();
-        let resting = self.rest.stop();
-        for worker in self.workers.drain(..).chain(resting) {
-            if let Err(e) = worker.join(workers.saturating_duration_since(Instant::now())) {
-                log::error!("stop: {e}");
-            }
-        }
-        self.last_events();
-        self.pool.board.facts().vms.retain(|_, vm| vm.state == State::Handed);
     }
 }

@@ -51,6 +51,11 @@ impl Policy {
         Policy { target, parallel, failures: 0, not_before: None, last_failure: None, calm: None }
     }
 
+    /// Keeps another number ready, and makes at most `parallel` at a time.
+    pub fn set_target(&mut self, target: usize, parallel: usize) {
+        (self.target, self.parallel) = (target, parallel.max(1));
+    }
+
     /// VMs to keep ready.
     pub fn target(&self) -> usize {
         self.target

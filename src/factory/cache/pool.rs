@@ -7,8 +7,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{bounded, Receiver, Sender};
+use futures_channel::oneshot;
 
 use super::board::Board;
 use super::claim::Place;
@@ -26,6 +28,12 @@ const EVENTS: usize = 1024;
 pub const STOPPING: &str = "the server is stopping";
 /// Told to claims when another takes its place at once: to be asked again.
 pub const RESTARTING: &str = "the server is restarting: ask again";
+
+/// Told to claims while the pool is drained.
+pub const DRAINED: &str = "the pool is drained: `vmcache resize N` fills it again";
+
+/// How long a VM that was claimed may be unconfirmed.
+pub const GRACE: Duration = Duration::from_secs(10);
 
 /// A VM that can be handed out, its message made already.
 pub struct Ready {
@@ -64,8 +72,33 @@ pub enum Event {
     Rested { ready: Box<Ready>, failed: Option<String> },
     /// A watched process has ended.
     Ended(u64),
+    /// A client says that it has a VM.
+    Confirm(Asked),
+    /// A client does not want its VM any more.
+    Release(Asked),
+    /// Keep so many VMs ready; `None` to hand nothing out any more.
+    Target { target: Option<usize>, by: String },
     /// Hand nothing out any more, clean up.
     Stop(Stop),
+}
+
+/// What a client asks of a VM that it claimed.
+pub struct Asked {
+    /// The VM's id.
+    pub id: String,
+    /// Who asks.
+    pub by: Owner,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Result<(), Refusal>>,
+}
+
+/// Why it is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No VM of that name was handed out, or it has ended.
+    NoSuchVm,
+    /// Another process claimed it.
+    NotYours,
 }
 
 /// Why the pool ends, and what becomes of its VMs.
@@ -83,24 +116,25 @@ pub struct Stop {
 pub struct Delivered {
     vm: Option<Box<Vm>>,
     owner: Owner,
+    label: String,
 }
 
 impl Delivered {
     /// `owner` has this VM.
-    pub fn new(vm: Vm, owner: Owner) -> Delivered {
-        Delivered { vm: Some(Box::new(vm)), owner }
+    pub fn new(vm: Vm, owner: Owner, label: String) -> Delivered {
+        Delivered { vm: Some(Box::new(vm)), owner, label }
     }
 
     /// The VM and who has it, recorded; whoever takes it must let it go.
     pub fn take(mut self) -> Option<(Vm, Owner)> {
-        self.vm.take().map(|vm| (recorded(*vm, self.owner), self.owner))
+        self.vm.take().map(|vm| (recorded(*vm, self.owner, &self.label), self.owner))
     }
 }
 
 impl Drop for Delivered {
     fn drop(&mut self) {
         if let Some(vm) = self.vm.take() {
-            recorded(*vm, self.owner).let_go();
+            recorded(*vm, self.owner, &self.label).let_go();
         }
     }
 }
@@ -108,10 +142,11 @@ impl Drop for Delivered {
 /// Writes down whose it is. Nothing depends on that when it can not be written:
 /// its owner may have ended it and removed the directory already, and the claim
 /// note names the owner as well.
-fn recorded(mut vm: Vm, owner: Owner) -> Vm {
+fn recorded(mut vm: Vm, owner: Owner, label: &str) -> Vm {
     let written = vm.record(|l| {
         l.state = State::Handed;
         l.owner = Some(owner);
+        l.label = label.to_string();
     });
     if let Err(e) = written {
         log::debug!("record that VM {} was handed out: {e}", vm.id());
@@ -131,6 +166,7 @@ pub struct Pool {
     in_hands: AtomicUsize,
     closing: AtomicBool,
     leaving: AtomicBool,
+    drained: AtomicBool,
 }
 
 /// What the driver holds of the channels.
@@ -156,6 +192,7 @@ impl Pool {
             in_hands: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
+            drained: AtomicBool::new(false),
         };
         (Arc::new(pool), Ends { ready: ready_in, events: events_out })
     }
@@ -221,9 +258,10 @@ impl Pool {
 
     /// What claims are told that can not be served any more.
     pub fn farewell(&self) -> &'static str {
-        match self.leaving.load(Ordering::SeqCst) {
-            true => RESTARTING,
-            false => STOPPING,
+        match () {
+            () if self.leaving.load(Ordering::SeqCst) => RESTARTING,
+            () if self.closing.load(Ordering::SeqCst) => STOPPING,
+            () => DRAINED,
         }
     }
 
@@ -234,7 +272,12 @@ impl Pool {
 
     /// Whether nothing is handed out any more.
     pub fn closing(&self) -> bool {
-        self.closing.load(Ordering::SeqCst)
+        self.closing.load(Ordering::SeqCst) || self.drained.load(Ordering::SeqCst)
+    }
+
+    /// From now on, nothing is handed out, or it is again.
+    pub fn drain(&self, drained: bool) {
+        self.drained.store(drained, Ordering::SeqCst);
     }
 
     /// From now on, nothing is handed out.

@@ -74,6 +74,7 @@ pub(super) fn adopt(
         endpoint: String::new(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         owner: Some(Owner::this_process(false)),
+        label: String::new(),
         agent: kind,
         cid: agent.cid(),
         agent_url: agent.to_string(),

@@ -86,18 +86,26 @@ impl Driver {
                 return vm.let_go();
             }
         };
-        let (dir, id) = (vm.dir().to_path_buf(), vm.id().to_string());
+        let dir = vm.dir().to_path_buf();
+        let ledger = vm.ledger().clone();
+        let label = ledger.label.clone();
         let alive = pidfd_alive(pidfd.as_fd());
         let attendants = vm.attendants().iter().filter_map(|a| a.watch().ok()).collect();
         vm.let_go();
-        self.handed.insert(pid, Handed { pidfd, attendants, dir, id, lease: None });
+        self.handed
+            .insert(pid, Handed { pidfd, attendants, dir, ledger, lease: None, until: None });
         if !alive {
             return self.handed_ended(pid);
         }
         if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
             seen.state = State::Handed;
+            seen.label = label;
         }
-        if let Some(owner) = owner.filter(|o| o.lease) {
+        let Some(owner) = owner else { return };
+        if owner.unconfirmed {
+            self.await_confirmation(pid);
+        }
+        if owner.lease || owner.unconfirmed {
             self.lease(pid, owner);
         }
     }
@@ -120,7 +128,7 @@ impl Driver {
         if pidfd_alive(handed.pidfd.as_fd()) {
             log::info!(
                 "reclaimed: the process that leased VM {} has ended; ending the VM",
-                handed.id
+                handed.ledger.id
             );
             self.pool.board.facts().counters.leases_ended += 1;
             let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
@@ -145,7 +153,7 @@ impl Driver {
             }
             log::info!(
                 "attendant-ended: the {name} of VM {} (QEMU pid {pid}) has ended",
-                handed.id
+                handed.ledger.id
             );
             return;
         }
@@ -173,7 +181,7 @@ impl Driver {
                 reap(attendant.as_fd());
             }
             drop(crate::vm::dir::VmDir::adopt(&handed.dir));
-            log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.id);
+            log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.ledger.id);
         }
     }
 }

@@ -9,6 +9,11 @@ use crate::vm::ledger::State;
 
 impl Driver {
     pub(super) fn claim(&mut self, place: Arc<Place>) {
+        if self.pool.closing() {
+            self.pool.left_line();
+            let _ = place.give(Answer::Closing);
+            return;
+        }
         self.line.push_back(place);
         self.serve_line();
         self.pool.board.facts().waiting = self.line.len();

@@ -1,0 +1,98 @@
+//! Claims that their client has to confirm, and VMs that are given back.
+//!
+//! Invariant: until it is confirmed, a VM is as good as leased: it is ended with its
+//! claimer, or when its grace is over.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use super::super::pool::{Asked, Refusal, GRACE};
+use super::{Driver, KILL};
+use crate::sys::process::pidfd_kill;
+use crate::vm::ledger::Owner;
+
+impl Driver {
+    /// A VM that has to be confirmed; what is told when it is not in time.
+    pub(super) fn await_confirmation(&mut self, pid: i32) {
+        let until = Instant::now() + GRACE;
+        if let Some(handed) = self.handed.get_mut(&pid) {
+            handed.until = Some(until);
+            self.graces.push_back((until, pid));
+        }
+    }
+
+    /// When the next grace is over.
+    pub(super) fn grace_at(&self) -> Option<Instant> {
+        self.graces.front().map(|(until, _)| *until)
+    }
+
+    /// Ends what was not confirmed in time.
+    pub(super) fn end_unconfirmed(&mut self, now: Instant) {
+        while let Some((until, pid)) = self.graces.front().copied().filter(|(t, _)| *t <= now) {
+            self.graces.pop_front();
+            let due = self.handed.get(&pid).filter(|h| h.until == Some(until));
+            if let Some(handed) = due {
+                log::warn!(
+                    "reclaimed: the claim of VM {} was not confirmed within {} s; ending the VM",
+                    handed.ledger.id,
+                    GRACE.as_secs()
+                );
+                self.pool.board.facts().counters.claims_unconfirmed += 1;
+                let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
+            }
+        }
+    }
+
+    fn find(&self, id: &str) -> Result<(i32, Option<Owner>), Refusal> {
+        let found = self.handed.iter().find(|(_, handed)| handed.ledger.id == id);
+        found.map(|(pid, handed)| (*pid, handed.ledger.owner)).ok_or(Refusal::NoSuchVm)
+    }
+
+    /// Its claimer has it.
+    pub(super) fn confirm(&mut self, asked: Asked) {
+        let Asked { id, by, reply } = asked;
+        let confirmed = self.find(&id).and_then(|(pid, owner)| match owner {
+            Some(o) if (o.pid, o.start_time) == (by.pid, by.start_time) => {
+                self.confirmed(pid);
+                Ok(())
+            }
+            _ => Err(Refusal::NotYours),
+        });
+        // Who has gone meanwhile is watched.
+        let _ = reply.send(confirmed);
+    }
+
+    fn confirmed(&mut self, pid: i32) {
+        let Some(handed) = self.handed.get_mut(&pid) else { return };
+        handed.until = None;
+        let Some(owner) = handed.ledger.owner.as_mut() else { return };
+        owner.unconfirmed = false;
+        let leased = owner.lease;
+        // Its owner may have ended it, and its directory, already.
+        if let Err(e) = handed.ledger.write(&handed.dir) {
+            log::debug!("record that VM {} was confirmed: {e}", handed.ledger.id);
+        }
+        if let Some(token) = handed.lease.take_if(|_| !leased) {
+            self.watch.remove(token);
+            self.watched.remove(&token);
+        }
+    }
+
+    /// Its claimer, or who else may, does not want it any more.
+    pub(super) fn release(&mut self, asked: Asked) {
+        let Asked { id, by, reply } = asked;
+        let own = nix::unistd::geteuid().as_raw();
+        let released = self.find(&id).and_then(|(pid, owner)| {
+            let claimer = owner.is_some_and(|o| o.uid == by.uid);
+            if !claimer && by.uid != 0 && by.uid != own {
+                return Err(Refusal::NotYours);
+            }
+            if let Some(handed) = self.handed.get(&pid) {
+                log::info!("released: VM {id} by pid {} of uid {}", by.pid, by.uid);
+                let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
+            }
+            Ok(())
+        });
+        let _ = reply.send(released);
+    }
+}

@@ -1,0 +1,62 @@
+//! How many VMs are kept ready, changed while the server runs.
+
+use std::sync::Arc;
+
+use super::super::claim::Answer;
+use super::super::pool::Ready;
+use super::Driver;
+use crate::worker::Worker;
+
+impl Driver {
+    /// Keeps so many ready from now on; `None`: hands nothing out any more.
+    pub(super) fn set_target(&mut self, target: Option<usize>, by: &str) {
+        let n = target.unwrap_or(0);
+        match target {
+            Some(n) => log::info!("pool-resized: {n} VMs will be kept ready, asked for by {by}"),
+            None => log::info!("pool-drained: no VM is handed out any more, asked for by {by}"),
+        }
+        self.pool.drain(target.is_none());
+        self.add_workers(n);
+        self.policy.set_target(n, self.workers.len());
+        self.pool.board.facts().target = n;
+        if target.is_none() {
+            for place in self.line.drain(..) {
+                self.pool.left_line();
+                let _ = place.give(Answer::Closing);
+            }
+            self.pool.board.facts().waiting = 0;
+        }
+        self.retire_surplus();
+    }
+
+    /// A larger pool may boot more of its VMs at a time.
+    fn add_workers(&mut self, target: usize) {
+        while self.workers.len() < self.parallel.min(target) {
+            let (source, pool) = (Arc::clone(&self.making), Arc::clone(&self.pool));
+            let jobs = self.jobs_out.clone();
+            let name = format!("vmc-boot-{}", self.workers.len());
+            match Worker::spawn(&name, move || source.work(&pool, &jobs)) {
+                Ok(worker) => self.workers.push(worker),
+                Err(e) => return log::warn!("boot more VMs at a time: {e}"),
+            }
+        }
+    }
+
+    /// Ends VMs that stand ready beyond the target, the last to have come first.
+    pub(super) fn retire_surplus(&mut self) {
+        let all: Vec<_> = self.pool.ready.try_iter().collect();
+        for (n, ready) in all.into_iter().enumerate() {
+            match n < self.policy.target() || !self.line.is_empty() {
+                true => self.publish(ready),
+                false => self.retire(*ready),
+            }
+        }
+    }
+
+    fn retire(&mut self, ready: Ready) {
+        let (id, pid) = (ready.vm.id(), ready.vm.pid());
+        log::info!("retired: VM {id} (QEMU pid {pid}): the pool has more than it shall keep");
+        self.forget(pid);
+        ready.vm.destroy();
+    }
+}

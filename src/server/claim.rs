@@ -1,0 +1,117 @@
+//! Claims: how a VM leaves, by Kata's GetBaseVM or our own Claim.
+//!
+//! Both take a stream of requests: on the wire that is the same as a single one, and
+//! only a stream tells, when it is asked, whether its client is still there, so that a
+//! claim that was given up takes no VM with it.
+//!
+//! Invariants: a ready VM is taken, recorded and answered on gRPC's own thread, which
+//! never waits; whatever becomes of a delivery, the driver is told, and the VM moves
+//! with the telling.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+
+use futures_util::Stream;
+use grpcio::{ClientStreamingSink, RequestStream, RpcStatus, RpcStatusCode};
+
+use crate::factory::cache::claim::{Answer, Place};
+use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
+use crate::proto::cache::GrpcVM;
+use crate::vm::ledger::Owner;
+
+/// A claim: who asks, and where the answer goes. The one must outlive the other:
+/// dropped, a stream of requests cancels its call.
+pub struct Call<Q, R> {
+    /// Where its requests come from.
+    pub client: RequestStream<Q>,
+    /// Where its answer goes.
+    pub sink: ClientStreamingSink<R>,
+    /// A VM's message as this call's answer.
+    pub answer: fn(GrpcVM) -> R,
+}
+
+impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
+    /// No VM.
+    pub async fn refuse(self, code: RpcStatusCode, text: &str) {
+        let _ = self.sink.fail(RpcStatus::with_message(code, text.to_string())).await;
+        drop(self.client);
+    }
+
+    /// The first of its requests; `None` when the client has gone, or sends none.
+    pub async fn request(&mut self) -> Option<Q> {
+        let client = &mut self.client;
+        poll_fn(|cx| Pin::new(&mut *client).poll_next(cx)).await?.ok()
+    }
+
+    /// Gives a VM, at once or when one comes.
+    pub async fn serve(self, owner: Owner, label: String, pool: Arc<Pool>) {
+        let claimer = Claimer { owner, label };
+        // Not after the server has said that it ends.
+        let taken = if pool.closing() { None } else { pool.take() };
+        match taken {
+            Some(ready) => self.deliver(ready, claimer, &pool, false).await,
+            None if pool.closing() => {
+                self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
+            }
+            None => self.wait(&pool.stand_in_line(), claimer, &pool).await,
+        }
+    }
+
+    /// Waits in line, until there is an answer or the client has gone.
+    async fn wait(mut self, place: &Arc<Place>, claimer: Claimer, pool: &Pool) {
+        let answer = poll_fn(|cx| {
+            // An error is the client's cancellation, its deadline, or its end. It
+            // comes only when it is asked for: the driver has every place asked
+            // now and then, and this one is when a VM comes.
+            let client = Pin::new(&mut self.client).poll_next(cx);
+            let gone = matches!(client, Poll::Ready(Some(Err(_))));
+            match gone {
+                true => Poll::Ready(None),
+                false => place.poll(cx).map(Some),
+            }
+        })
+        .await;
+        match answer.or_else(|| place.leave().map(Answer::returned)) {
+            Some(Answer::Vm(ready)) => self.deliver(ready, claimer, pool, true).await,
+            Some(Answer::Closing) => {
+                self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
+            }
+            // Nobody has seen this VM: it is as good as new.
+            Some(Answer::Returned(ready)) => pool.tell(Event::Returned(ready)),
+            None => pool.tell(Event::Gone(Arc::clone(place))),
+        }
+    }
+
+    /// Sends a VM to its claimer and tells the driver what became of it.
+    async fn deliver(self, ready: Box<Ready>, claimer: Claimer, pool: &Pool, waited: bool) {
+        let Call { client, sink, answer } = self;
+        let Ready { vm, message, note, .. } = *ready;
+        let sent = match note.write(&claimer.owner) {
+            Ok(()) => {
+                // Nobody else is woken before the answer is out: on a small machine
+                // the driver would take the client's processor.
+                sink.success(answer(message)).await.map_err(|e| e.to_string())
+            }
+            Err(e) => {
+                let text = format!("write the ledger of VM {}: {e}", vm.id());
+                let status = RpcStatus::with_message(RpcStatusCode::INTERNAL, text.clone());
+                let _ = sink.fail(status).await;
+                Err(text)
+            }
+        };
+        drop(client);
+        let Claimer { owner, label } = claimer;
+        pool.tell(match sent {
+            Ok(()) => Event::Delivered { vm: Delivered::new(vm, owner, label), waited },
+            Err(why) => Event::Undelivered { vm: Box::new(vm), why },
+        });
+    }
+}
+
+/// Who claims.
+struct Claimer {
+    owner: Owner,
+    label: String,
+}

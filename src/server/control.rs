@@ -1,0 +1,185 @@
+//! Our own calls, `vmcache.v1.Control`.
+//!
+//! Invariants: handlers never wait; what changes the pool is the driver's to do, which
+//! answers through the event that it was told.
+
+use std::sync::Arc;
+
+use futures_channel::oneshot;
+use grpcio::{
+    Method, MethodType, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
+};
+
+use super::claim::Call;
+use super::listener::{Peer, Peers};
+use super::service::{fail, master, method, succeed};
+use super::Again;
+use crate::config::{Config, MAX_POOL};
+use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, GRACE};
+use crate::proto::cache::GrpcVM;
+use crate::proto::control::{ClaimReply, ClaimRequest, ResizeRequest, StatusReply, VmName};
+use crate::proto::empty::Empty;
+use crate::vm::ledger::Owner;
+use crate::vm::{resize, VmConfig};
+
+/// Longest label, in bytes.
+const MAX_LABEL: usize = 64;
+
+const STATUS: Method<Empty, StatusReply> = method(MethodType::Unary, "/vmcache.v1.Control/Status");
+const CLAIM: Method<ClaimRequest, ClaimReply> =
+    method(MethodType::ClientStreaming, "/vmcache.v1.Control/Claim");
+const CONFIRM: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Confirm");
+const RELEASE: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Release");
+const DRAIN: Method<Empty, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Drain");
+const RESIZE: Method<ResizeRequest, Empty> =
+    method(MethodType::Unary, "/vmcache.v1.Control/Resize");
+const RESTART: Method<Empty, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Restart");
+
+/// What the handlers know.
+#[derive(Clone)]
+struct Own {
+    pool: Arc<Pool>,
+    peers: Peers,
+    endpoint: String,
+    base: Arc<VmConfig>,
+    again: Arc<Again>,
+}
+
+/// Our own service.
+pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Again>) -> Service {
+    let own = Own {
+        pool: Arc::clone(pool),
+        peers: peers.clone(),
+        endpoint: config.endpoint().display().to_string(),
+        base: Arc::new(VmConfig::of(config)),
+        again: Arc::clone(again),
+    };
+    let [a, b, c, d, e, f, g] = std::array::from_fn(|_| own.clone());
+    ServiceBuilder::new()
+        .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
+            let json = a.pool.board.json(&a.endpoint).to_string().into_bytes();
+            succeed(&ctx, sink, StatusReply { json, ..StatusReply::default() });
+        })
+        .add_client_streaming_handler(&CLAIM, move |ctx: RpcContext<'_>, client, sink| {
+            b.claim(&ctx, Call { client, sink, answer });
+        })
+        .add_unary_handler(&CONFIRM, move |ctx: RpcContext<'_>, r: VmName, sink| {
+            c.ask(&ctx, r, sink, Event::Confirm);
+        })
+        .add_unary_handler(&RELEASE, move |ctx: RpcContext<'_>, r: VmName, sink| {
+            d.ask(&ctx, r, sink, Event::Release);
+        })
+        .add_unary_handler(&DRAIN, move |ctx: RpcContext<'_>, _: Empty, sink| {
+            e.target(&ctx, sink, "Drain", None);
+        })
+        .add_unary_handler(&RESIZE, move |ctx: RpcContext<'_>, r: ResizeRequest, sink| {
+            f.target(&ctx, sink, "Resize", Some(r.target));
+        })
+        .add_unary_handler(&RESTART, move |ctx: RpcContext<'_>, _: Empty, sink| {
+            g.restart(&ctx, sink);
+        })
+        .build()
+}
+
+fn answer(vm: GrpcVM) -> ClaimReply {
+    let grace_ms = GRACE.as_millis() as u32;
+    ClaimReply { vm: Some(vm).into(), grace_ms, ..ClaimReply::default() }
+}
+
+impl Own {
+    fn claim(&self, ctx: &RpcContext<'_>, mut call: Call<ClaimRequest, ClaimReply>) {
+        let Some(Peer { pid, start_time, uid }) = self.peers.find(&ctx.peer()) else {
+            let code = RpcStatusCode::PERMISSION_DENIED;
+            return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
+        };
+        let (pool, base) = (Arc::clone(&self.pool), Arc::clone(&self.base));
+        ctx.spawn(async move {
+            let Some(request) = call.request().await else { return };
+            if let Err(why) = fits(&request, &base) {
+                return call.refuse(RpcStatusCode::INVALID_ARGUMENT, &why).await;
+            }
+            let lease = request.lease;
+            let owner = Owner { pid, start_time, uid, lease, unconfirmed: true };
+            call.serve(owner, request.label, pool).await;
+        });
+    }
+
+    /// Something that the driver is to do with a VM that was claimed.
+    fn ask(
+        &self,
+        ctx: &RpcContext<'_>,
+        vm: VmName,
+        sink: UnarySink<Empty>,
+        event: fn(Asked) -> Event,
+    ) {
+        let Some(by) = self.peers.find(&ctx.peer()) else {
+            return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
+        };
+        let (reply, answer) = oneshot::channel();
+        let Peer { pid, start_time, uid } = by;
+        let by = Owner { pid, start_time, uid, lease: false, unconfirmed: false };
+        self.pool.tell(event(Asked { id: vm.id, by, reply }));
+        ctx.spawn(async move {
+            let _ = match answer.await {
+                Ok(Ok(())) => sink.success(Empty::new()).await,
+                Ok(Err(refusal)) => sink.fail(status(&refusal)).await,
+                Err(_) => {
+                    let text = "the server is stopping".to_string();
+                    sink.fail(RpcStatus::with_message(RpcStatusCode::UNAVAILABLE, text)).await
+                }
+            };
+        });
+    }
+
+    /// Another number of VMs to keep ready; `None` to hand nothing out any more.
+    fn target(
+        &self,
+        ctx: &RpcContext<'_>,
+        sink: UnarySink<Empty>,
+        call: &str,
+        target: Option<u32>,
+    ) {
+        let Some((peer, sink)) = master(ctx, sink, &self.peers, call) else { return };
+        if target.is_some_and(|t| u64::from(t) > MAX_POOL) {
+            let text = format!("a pool has at most {MAX_POOL} VMs");
+            return fail(ctx, sink, RpcStatusCode::INVALID_ARGUMENT, &text);
+        }
+        let by = format!("pid {} of uid {}", peer.pid, peer.uid);
+        self.pool.tell(Event::Target { target: target.map(|t| t as usize), by });
+        succeed(ctx, sink, Empty::new());
+    }
+
+    fn restart(&self, ctx: &RpcContext<'_>, sink: UnarySink<Empty>) {
+        let Some((peer, sink)) = master(ctx, sink, &self.peers, "Restart") else { return };
+        // A server that would not come up again says so to who asked for it.
+        if let Err(why) = (self.again)() {
+            return fail(ctx, sink, RpcStatusCode::FAILED_PRECONDITION, &why);
+        }
+        let pool = Arc::clone(&self.pool);
+        let sent = sink.success(Empty::new());
+        ctx.spawn(async move {
+            let _ = sent.await;
+            super::leave(&pool, &format!("asked for by pid {}", peer.pid));
+        });
+    }
+}
+
+/// Whether a VM of this pool can be what is asked for.
+fn fits(request: &ClaimRequest, base: &VmConfig) -> Result<(), String> {
+    if request.label.len() > MAX_LABEL {
+        return Err(format!("a label of {} bytes; at most {MAX_LABEL}", request.label.len()));
+    }
+    let wanted = |n: u32| (n > 0).then_some(n);
+    let size = resize::check(base, wanted(request.cpus), wanted(request.memory_mib));
+    size.map_err(|e| e.to_string())
+}
+
+fn status(refusal: &Refusal) -> RpcStatus {
+    let (code, text) = match refusal {
+        Refusal::NoSuchVm => {
+            (RpcStatusCode::NOT_FOUND, "no such VM is a client's: it has ended, or was ended")
+        }
+        Refusal::NotYours => (RpcStatusCode::PERMISSION_DENIED, "another process claimed that VM"),
+    };
+    RpcStatus::with_message(code, text.to_string())
+}

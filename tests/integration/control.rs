@@ -1,0 +1,111 @@
+//! Our own calls: claims that are confirmed, VMs that are given back, pools that are
+//! drained and resized.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vmcache::factory::grpccache::{Error, GrpcCache};
+use vmcache::vm::wire::from_wire;
+
+use crate::daemon::{assert_nothing_left, qemus, text, wait_for, Daemon, Options, LONG};
+use crate::require_qemu;
+
+fn handed(daemon: &Daemon) -> Vec<Value> {
+    let status = daemon.status();
+    let vms = status["vms"].as_array().unwrap();
+    vms.iter().filter(|v| v["state"] == "handed").cloned().collect()
+}
+
+#[test]
+fn a_claim_that_is_not_confirmed_is_ended() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 2));
+    let client = GrpcCache::connect(&d.socket()).unwrap().labelled("nobody's");
+    let (vm, grace) = client.claim(Some(LONG)).unwrap();
+    let (kept, _) = client.claim(Some(LONG)).unwrap();
+    client.confirm_claim(&kept.id).unwrap();
+    assert!(grace >= Duration::from_secs(5) && grace <= Duration::from_secs(60), "{grace:?}");
+    assert_eq!(handed(&d)[0]["label"], "nobody's");
+    let since = Instant::now();
+    d.wait_log("was not confirmed", 1);
+    assert!(since.elapsed() + Duration::from_millis(500) > grace, "{:?}", since.elapsed());
+    d.wait_log("vm-ended", 1);
+    assert_eq!(d.status()["counters"]["claims_unconfirmed"], 1);
+    // Who is late is told, and what was confirmed stays.
+    match client.confirm_claim(&vm.id) {
+        Err(Error::Call { text, .. }) => assert!(text.contains("no such VM"), "{text}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(handed(&d).len(), 1);
+    assert_eq!(handed(&d)[0]["id"], kept.id);
+    // It can be given back by whoever may end it.
+    client.release(&kept.id).unwrap();
+    d.wait_log("vm-ended", 2);
+    assert!(client.release(&kept.id).is_err());
+    d.wait_ready(2);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn an_unconfirmed_claim_outlives_a_restart() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let client = GrpcCache::connect(&d.socket()).unwrap();
+    let (vm, _) = client.claim(Some(LONG)).unwrap();
+    d.ok(&["restart"]);
+    d.wait_log("kept: VM", 1);
+    client.confirm_claim(&vm.id).unwrap();
+    let mine = from_wire(&vm, || Err(String::new())).unwrap();
+    assert!(mine.alive());
+    let ledger = std::fs::read_to_string(mine.dir().join("vm.json")).unwrap();
+    assert!(ledger.contains("\"unconfirmed\":false"), "{ledger}");
+    mine.destroy();
+    d.wait_log("vm-ended", 1);
+    d.wait_ready(1);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn what_a_pool_can_not_serve_is_refused_before_a_vm_is_taken() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let long = "x".repeat(65);
+    let client = GrpcCache::connect(&d.socket()).unwrap().labelled(&long);
+    match client.claim(Some(LONG)) {
+        Err(Error::Call { text, .. }) => assert!(text.contains("label of 65 bytes"), "{text}"),
+        other => panic!("{:?}", other.map(|(vm, _)| vm.id)),
+    }
+    assert_eq!(d.status()["pool"]["ready"], 1);
+    for name in ["", "nobody", &long] {
+        assert!(client.release(name).is_err());
+    }
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn a_pool_is_drained_and_filled_and_resized() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let kept = d.ok(&["get", "--label", "a build"]).trim().to_string();
+    assert_eq!(handed(&d)[0]["label"], "a build");
+    d.ok(&["resize", "3"]);
+    d.wait_ready(3);
+    assert_eq!(qemus(&d.dir.0).len(), 4);
+    d.ok(&["resize", "2"]);
+    d.wait_log("retired: VM", 1);
+    wait_for("two VMs and one", || qemus(&d.dir.0).len() == 3);
+    let before = Instant::now();
+    d.ok(&["drain"]);
+    assert_eq!(qemus(&d.dir.0).len(), 1, "{:?}{}", before.elapsed(), d.log());
+    let out = d.output(&["get"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("the pool is drained"), "{}", text(&out.stderr));
+    assert_eq!(d.ok(&["exec", &kept, "--", "echo", "here"]), "here\n");
+    d.ok(&["resize", "1"]);
+    assert_eq!(d.ok(&["run", "--", "echo", "again"]), "again\n");
+    d.wait_ready(1);
+    let out = d.output(&["resize", "5000"]);
+    assert!(text(&out.stderr).contains("at most 4096"), "{}", text(&out.stderr));
+    d.ok(&["stop", &kept]);
+    assert_nothing_left(&d.quit().0);
+}
