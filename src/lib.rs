@@ -81,6 +81,8 @@ pub mod cli;
 pub mod config;
 #[cfg(feature = "host")]
 pub mod factory;
+#[cfg(feature = "faults")]
+pub mod faults;
 #[cfg(feature = "host")]
 pub mod host;
 #[cfg(feature = "host")]

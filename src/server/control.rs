@@ -57,6 +57,8 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
     let [a, b, c, d, e, f, g] = std::array::from_fn(|_| own.clone());
     ServiceBuilder::new()
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
+            #[cfg(feature = "faults")]
+            crate::faults::point("rpc");
             let json = a.pool.board.json(&a.endpoint).to_string().into_bytes();
             succeed(&ctx, sink, StatusReply { json, ..StatusReply::default() });
         })

@@ -292,6 +292,8 @@ fn pause() {
 }
 
 fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
+    #[cfg(feature = "faults")]
+    crate::faults::point("accept");
     let (pid, uid, _gid) = match peer_credentials(&stream) {
         Ok(found) => found,
         Err(e) => {

@@ -17,6 +17,7 @@ pub mod control;
 pub mod handover;
 pub mod listener;
 pub mod notify;
+pub mod panics;
 pub mod service;
 pub mod signals;
 pub mod sweep;
@@ -95,7 +96,8 @@ impl error::Error for Error {
 }
 
 /// Runs a server until a signal or Quit stops it. `again` is asked before a restart,
-/// which executes the same program with the same arguments.
+/// which executes the same program with the same arguments. From here on, a panic of any
+/// thread ends the process.
 ///
 /// # Errors
 /// When it can not start, with nothing left behind; or not restart, when VMs are left
@@ -106,6 +108,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     for line in &config.warnings {
         log::warn!("{line}");
     }
+    panics::end_the_process();
     // Before any thread, so that all of them leave the signals to one.
     let signals = signals::block().map_err(|e| Error::Rpc(e.to_string()))?;
     let endpoint = config.endpoint();

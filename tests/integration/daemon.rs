@@ -183,10 +183,16 @@ impl Daemon {
 
     /// Starts one and waits for nothing but its socket.
     pub fn launch(options: &Options, dir: Dir) -> Daemon {
+        Daemon::launch_with(options, dir, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn launch_with(options: &Options, dir: Dir, environment: &[(&str, &str)]) -> Daemon {
         let config = dir.0.join("c.toml");
         fs::write(&config, options.text(&dir.0)).unwrap();
         let mut command = vmcache(&config);
         command.args(["serve", "--log", "stderr"]).stderr(Stdio::piped());
+        command.envs(environment.iter().copied());
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Log::default());
         let (shared, stderr) = (Arc::clone(&log), child.stderr.take().unwrap());

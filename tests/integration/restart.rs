@@ -8,7 +8,7 @@ use std::process::Stdio;
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::daemon::{assert_nothing_left, qemus, text, wait_child, Daemon, Options};
+use crate::daemon::{assert_nothing_left, qemus, text, wait_child, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// Ids and pids of the VMs that stand ready.
@@ -187,4 +187,45 @@ fn only_vms_that_fit_and_answer_are_taken_over() {
         status["vms"].as_array().unwrap().iter().map(|v| v["memory_mib"].clone()).collect();
     assert_eq!(sizes, [320, 320]);
     assert_nothing_left(&next.quit().0);
+}
+
+/// A defect of ours, in whatever thread: named in the log, an exit code that a
+/// supervisor sees, and nothing lost.
+#[test]
+fn a_panic_of_any_thread_ends_the_server_and_no_vm() {
+    let prepared = require_qemu!();
+    let options = Options::pool(&prepared, 1);
+    let mut dir = Dir::new();
+    let mut before: Option<Vec<(String, i64)>> = None;
+    for (point, thread) in [
+        ("pool", "vmc-pool"),
+        ("rpc", "vmc-rpc-"),
+        ("accept", "vmc-accept"),
+        ("boot", "vmc-boot-0"),
+    ] {
+        let file = dir.0.join("fault");
+        let fault = format!("{point}:{}", file.display());
+        let mut daemon = Daemon::launch_with(&options, dir, &[("VMCACHE_FAULT", &fault)]);
+        daemon.wait_rest(1);
+        let now = ready(&daemon);
+        if let Some(before) = before {
+            assert_eq!(now, before, "{point}{}", daemon.log());
+        }
+        fs::write(&file, "").unwrap();
+        // Each of them has something to do for this.
+        let _ = daemon.output(&["resize", "2"]);
+        let _ = daemon.output(&["status"]);
+        let status = daemon.wait();
+        assert_eq!(status.code(), Some(101), "{point}{}", daemon.log());
+        let told = daemon.log_lines("panic: thread");
+        assert!(told.len() == 1 && told[0].contains(&format!("thread {thread}")), "{told:?}");
+        assert!(qemus(&daemon.dir.0).contains(&(now[0].1 as i32)), "{point}");
+        before = Some(now);
+        dir = daemon.forsake();
+    }
+    let daemon = Daemon::launch(&options, dir);
+    daemon.wait_ready(1);
+    assert_eq!(Some(ready(&daemon)), before);
+    assert_eq!(qemus(&daemon.dir.0).len(), 1, "what was half made is gone");
+    assert_nothing_left(&daemon.quit().0);
 }

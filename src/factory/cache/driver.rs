@@ -205,6 +205,8 @@ impl Driver {
     }
 
     fn handle(&mut self, event: Event) {
+        #[cfg(feature = "faults")]
+        crate::faults::point("pool");
         match event {
             Event::Claim(place) => self.claim(place),
             Event::Gone(place) => self.gone(&place),

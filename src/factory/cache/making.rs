@@ -42,6 +42,8 @@ impl Source {
     pub fn work(&self, pool: &Pool, jobs: &Receiver<Job>) {
         let purpose = Purpose::Pool { endpoint: self.config.endpoint().display().to_string() };
         for job in jobs {
+            #[cfg(feature = "faults")]
+            crate::faults::point("boot");
             let number = job.number;
             let mut watch = |birth: Birth<'_>| {
                 let Birth::Runs { id, qemu, .. } = birth else { return };

@@ -52,6 +52,8 @@ pub fn start(
 
 fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
     for task in todo {
+        #[cfg(feature = "faults")]
+        crate::faults::point("rest");
         pool.tell(match task {
             Task::Rehearse { pid, agent } => {
                 Event::Rehearsed { pid, silent: silent(rehearsal::run_at(&agent), &agent) }

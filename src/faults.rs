@@ -1,0 +1,18 @@
+//! Faults that tests ask for, of kinds that the real thing can not be made to show.
+//! In no package: the feature `faults` is the tests' own.
+
+use std::fs;
+
+/// Environment variable: the name of a point, a colon, and a file whose being there
+/// asks for the fault, once.
+pub const VARIABLE: &str = "VMCACHE_FAULT";
+
+/// Panics here, when that is asked for.
+///
+/// # Panics
+/// That is what it is for.
+pub fn point(name: &str) {
+    let Ok(text) = std::env::var(VARIABLE) else { return };
+    let Some((wanted, file)) = text.split_once(':') else { return };
+    assert!(wanted != name || fs::remove_file(file).is_err(), "asked for by {VARIABLE}");
+}
