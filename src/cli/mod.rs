@@ -115,7 +115,8 @@ fn serve(common: &Common) -> Outcome {
     }
     let own = common.clone();
     let again = move || {
-        let config = served(&own).and_then(|c| c.check_files().map(|()| c));
+        let good = |c: Config| c.check_files().and_then(|()| c.check_room()).map(|()| c);
+        let config = served(&own).and_then(good);
         match config.map_err(|e| crate::report::chain(&e))?.pool {
             0 => Err("vm_cache_number is 0: to switch the pool off, stop the server".into()),
             _ => Ok(()),

@@ -19,6 +19,7 @@ use super::session::Session;
 use super::terminal::Terminal;
 use super::{connect, own_config, Outcome};
 use crate::config::options::QEMU;
+use crate::factory::grpccache::Error;
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::process::attendant::Role;
 use crate::vm::{Birth, VmConfig};
@@ -30,7 +31,8 @@ const HURRY: Duration = Duration::from_secs(2);
 /// Claims a VM, wakes it, prints it, and leaves it to the caller.
 pub fn get(common: &Common, g: &Get) -> Outcome {
     let session = Session::start()?;
-    let server = connect(common)?.labelled(&g.label);
+    // Until its id is out, nobody else could end it.
+    let server = connect(common)?.labelled(&g.label).leasing();
     let own = own_config(common)?;
     let wanted = g.size.within(g.wait);
     let progress = Progress::start("waiting for a VM");
@@ -39,20 +41,26 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
     drop(progress);
     let Obtained { vm, agent, fallback } = obtained;
     drop(agent);
+    let cold = fallback.is_some();
     let shown = json!({
         "id": vm.id(), "pid": vm.pid(), "qmp": vm.monitor(),
         "agent_url": vm.agent_address().to_string(), "source": vm.source(),
         "cpus": vm.cpus(), "memory_mib": vm.memory_mib(), "fallback": fallback,
     });
+    let line = if g.json.json { shown.to_string() } else { vm.id().to_string() };
     // Before its id is out: whoever reads that may own it at once.
     session.release();
-    if g.json.json {
-        println!("{shown}");
-    } else {
-        println!("{}", vm.id());
-    }
+    println!("{line}");
+    let id = vm.id().to_string();
     vm.let_go();
-    Ok(0)
+    if cold {
+        return Ok(0);
+    }
+    match server.keep(&id) {
+        // Whoever has read its id may have ended it already.
+        Ok(()) | Err(Error::Unsupported { .. } | Error::Gone { .. }) => Ok(0),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// The command that the options describe.

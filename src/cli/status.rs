@@ -121,6 +121,9 @@ fn render(v: &Value) -> String {
         text(&pool["booting"]),
         text(&pool["waiting"]),
     );
+    if let Some(why) = pool["held"].as_str() {
+        out.push_str(&format!("       no VM is made: {why}\n"));
+    }
     if let Some(counters) = v["counters"].as_object() {
         let list: Vec<String> =
             counters.iter().map(|(k, n)| format!("{} {n}", k.replace('_', " "))).collect();

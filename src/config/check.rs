@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::options::{AGENT, FACTORY, OURS, PROXY, QEMU};
 use super::raw::Raw;
 use super::served::Served;
-use super::{Accel, Config, Error, Machine, Transport, MAX_POOL, MAX_SOCKET_PATH};
+use super::{Accel, Config, Error, Machine, Transport, MAX_POOL, MAX_SOCKET_PATH, QEMU_MIB};
 use crate::agent::Kind;
 use crate::vm::config::import::contradiction;
 use crate::vm::VmConfig;
@@ -253,6 +253,39 @@ impl Config {
             return Err(wrong(format!("{what}: import it again, or change the one or the other")));
         }
         self.served = Some(std::sync::Arc::new(served));
+        Ok(())
+    }
+
+    /// Whether this host can ever hold such a pool.
+    ///
+    /// # Errors
+    /// With the sum.
+    pub fn check_room(&self) -> Result<(), Error> {
+        let (n, guest) = (self.pool as u64, u64::from(self.memory()));
+        let huge = self.flag(QEMU, "enable_hugepages");
+        // Clones share what they have not written, which is most.
+        let (each, once) = match self.flag(FACTORY, "enable_template") {
+            true => (QEMU_MIB, guest),
+            false if huge => (QEMU_MIB, 0),
+            false => (guest + QEMU_MIB, 0),
+        };
+        let (need, have) = (n * each + once, crate::host::memory_mib());
+        let sum = match once {
+            0 => format!("{n} VMs of {each} MiB are {need} MiB"),
+            once => format!("{n} clones of {each} MiB and a template of {once} are {need} MiB"),
+        };
+        if have > 0 && need > have {
+            let why = format!("{sum}, and this host has {have} MiB: make it smaller");
+            return Err(self.wrong(FACTORY, "vm_cache_number", why));
+        }
+        let (need, have) = (n * guest, crate::host::huge_mib());
+        if huge && need > have {
+            let why = format!(
+                "{n} VMs of {guest} MiB are {need} MiB of huge pages, and this host has {have} \
+                 MiB of them: set vm.nr_hugepages higher, or make the pool smaller"
+            );
+            return Err(self.wrong(FACTORY, "vm_cache_number", why));
+        }
         Ok(())
     }
 

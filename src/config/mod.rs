@@ -32,6 +32,8 @@ pub use show::{markdown, show};
 pub const MAX_SOCKET_PATH: usize = 107;
 /// Most VMs in one pool.
 pub const MAX_POOL: u64 = 4096;
+/// Memory of a QEMU beside its guest's, MiB: what it takes at most, as measured.
+pub const QEMU_MIB: u64 = 64;
 
 /// A file and a line in it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,17 +6,17 @@
 //! Invariants: a VM that was received is owned by the [`Vm`] that is returned;
 //! one that can not be taken over is reported with its id.
 
-use std::error;
-use std::fmt;
-use std::io;
+mod error;
+
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+pub use error::Error;
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
 
-use super::cache::pool::RESTARTING;
+use super::cache::pool::{DRAINED, RESTARTING, STOPPING};
 use super::{BaseFactory, VmStatus};
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
@@ -32,66 +32,6 @@ pub const LEASE_HEADER: &str = "vmcache-lease";
 const CALL: Duration = Duration::from_secs(10);
 /// Largest answer taken, in bytes.
 const MAX_ANSWER: i32 = 16 * 1024 * 1024;
-
-/// Why a server did not do what it was asked.
-#[derive(Debug)]
-#[allow(missing_docs)] // The fields are what the text names.
-pub enum Error {
-    /// Nothing listens there.
-    Unreachable { endpoint: PathBuf, source: io::Error },
-    /// No VM came in time.
-    Deadline { endpoint: PathBuf, after: Duration },
-    /// The server is stopping.
-    Stopping { endpoint: PathBuf, text: String },
-    /// The server has no such call.
-    Unsupported { endpoint: PathBuf, call: &'static str },
-    /// It refused or broke off.
-    Call { endpoint: PathBuf, call: &'static str, text: String },
-    /// What it sent makes no sense.
-    Answer { endpoint: PathBuf, call: &'static str, why: String },
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Unreachable { endpoint, .. } => write!(
-                f,
-                "connect to the vmcache server at {}: is it running? `vmcache serve` starts one; \
-                 --endpoint or $VMCACHE_ENDPOINT names another socket",
-                endpoint.display()
-            ),
-            Error::Deadline { endpoint, after } => write!(
-                f,
-                "no VM from {} within {:.1} s: `vmcache status` tells why",
-                endpoint.display(),
-                after.as_secs_f64()
-            ),
-            Error::Stopping { endpoint, text } => {
-                write!(f, "the server at {} gives no more VMs: {text}", endpoint.display())
-            }
-            Error::Unsupported { endpoint, call } => write!(
-                f,
-                "the server at {} has no {call}: it is not vmcache's own",
-                endpoint.display()
-            ),
-            Error::Call { endpoint, call, text } => {
-                write!(f, "{call} of the server at {}: {text}", endpoint.display())
-            }
-            Error::Answer { endpoint, call, why } => {
-                write!(f, "the answer to {call} of the server at {}: {why}", endpoint.display())
-            }
-        }
-    }
-}
-
-impl error::Error for Error {
-    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
-        match self {
-            Error::Unreachable { source, .. } => Some(source),
-            _ => None,
-        }
-    }
-}
 
 /// A connection to a server.
 pub struct GrpcCache {
@@ -155,6 +95,9 @@ impl GrpcCache {
                 RpcStatusCode::DEADLINE_EXCEEDED => {
                     Error::Deadline { endpoint, after: since.elapsed() }
                 }
+                RpcStatusCode::NOT_FOUND => {
+                    Error::Gone { endpoint, text: status.message().to_string() }
+                }
                 RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { endpoint, call },
                 RpcStatusCode::UNAVAILABLE => {
                     Error::Stopping { endpoint, text: status.message().to_string() }
@@ -177,11 +120,7 @@ impl GrpcCache {
     /// # Errors
     /// [`Error`]; so with the following.
     pub fn fetch_config(&self) -> Result<VmConfig, Error> {
-        let since = Instant::now();
-        let answer = self
-            .cache
-            .config_opt(&Empty::new(), Self::short())
-            .map_err(|e| self.failed("Config", since, e))?;
+        let answer = self.fetch_config_raw()?;
         VmConfig::parse(&answer.Data).map_err(|e| Error::Answer {
             endpoint: self.endpoint.clone(),
             call: "Config",
@@ -202,17 +141,17 @@ impl GrpcCache {
 
     /// Config's answer, as it came.
     pub fn fetch_config_raw(&self) -> Result<GrpcVMConfig, Error> {
-        let since = Instant::now();
-        self.cache
-            .config_opt(&Empty::new(), Self::short())
-            .map_err(|e| self.failed("Config", since, e))
+        self.patiently(Some(CALL), true, |server, since, _| {
+            let got = server.cache.config_opt(&Empty::new(), Self::short());
+            got.map_err(|e| server.failed("Config", since, e))
+        })
     }
 
     /// GetBaseVM, as it came: whoever calls this owns a VM that is not held by
     /// any value. For measuring, and for servers that have no Claim; everyone else wants
     /// [`BaseFactory::get_base_vm`]. A server that restarts meanwhile is asked again.
     pub fn claim_raw(&self, within: Option<Duration>) -> Result<GrpcVM, Error> {
-        self.patiently(within, |server, since, within| {
+        self.patiently(within, false, |server, since, within| {
             let mut option = waiting(within);
             if server.lease {
                 let mut headers = MetadataBuilder::with_capacity(1);
@@ -233,7 +172,7 @@ impl GrpcCache {
             label: self.label.clone(),
             ..ClaimRequest::default()
         };
-        let answer = self.patiently(within, |server, since, within| {
+        let answer = self.patiently(within, true, |server, since, within| {
             let got = server.control.claim_opt(&request, waiting(within));
             got.map_err(|e| server.failed(call, since, e))
         })?;
@@ -247,45 +186,57 @@ impl GrpcCache {
         }
     }
 
-    /// Asks a server that restarts again, as long as there is time.
+    /// Asks a server that restarts again, as long as there is time. `broken`: also when
+    /// the connection broke, since nothing is lost by asking twice.
     fn patiently<T>(
         &self,
         within: Option<Duration>,
+        broken: bool,
         ask: impl Fn(&GrpcCache, Instant, Option<Duration>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let since = Instant::now();
         let mut answer = ask(self, since, within);
-        while matches!(&answer, Err(Error::Stopping { text, .. }) if text == RESTARTING) {
+        while let Err(Error::Stopping { text, .. }) = &answer {
+            let final_word = [STOPPING, DRAINED].contains(&text.as_str());
             let left = within.map(|w| w.saturating_sub(since.elapsed()));
+            if final_word || left == Some(Duration::ZERO) || !(broken || text == RESTARTING) {
+                break;
+            }
             // Its socket has stayed: who connects waits for the next one to accept.
             let again = GrpcCache::connect(&self.endpoint)?;
-            answer = ask(&GrpcCache { lease: self.lease, ..again }, since, left);
+            let again = GrpcCache { lease: self.lease, ..again };
+            answer = ask(&again, since, left);
         }
         answer
     }
 
     /// Confirm: the caller has the VM that it claimed.
     pub fn confirm_claim(&self, id: &str) -> Result<(), Error> {
-        let call = "vmcache.v1.Control/Confirm";
-        let ask = |server: &GrpcCache| {
-            let name = VmName { id: id.into(), ..VmName::default() };
-            let since = Instant::now();
-            let done = server.control.confirm_opt(&name, Self::short());
+        self.say(id, "vmcache.v1.Control/Confirm", ControlClient::confirm_opt)
+    }
+
+    /// Keep: a VM that was leased outlives its claimer.
+    pub fn keep(&self, id: &str) -> Result<(), Error> {
+        self.say(id, "vmcache.v1.Control/Keep", ControlClient::keep_opt)
+    }
+
+    fn say(
+        &self,
+        id: &str,
+        call: &'static str,
+        say: fn(&ControlClient, &VmName, CallOption) -> grpcio::Result<Empty>,
+    ) -> Result<(), Error> {
+        let name = VmName { id: id.into(), ..VmName::default() };
+        // The next server knows of the claim.
+        self.patiently(Some(CALL), true, |server, since, _| {
+            let done = say(&server.control, &name, Self::short());
             done.map(|_| ()).map_err(|e| server.failed(call, since, e))
-        };
-        match ask(self) {
-            // It may have restarted since; the next one knows of the claim.
-            Err(Error::Stopping { .. }) => ask(&GrpcCache::connect(&self.endpoint)?),
-            other => other,
-        }
+        })
     }
 
     /// Release: the server ends a VM that was claimed.
     pub fn release(&self, id: &str) -> Result<(), Error> {
-        let since = Instant::now();
-        let name = VmName { id: id.into(), ..VmName::default() };
-        let done = self.control.release_opt(&name, Self::short());
-        done.map(|_| ()).map_err(|e| self.failed("vmcache.v1.Control/Release", since, e))
+        self.say(id, "vmcache.v1.Control/Release", ControlClient::release_opt)
     }
 
     /// Drain: the server hands nothing out any more.
@@ -320,11 +271,11 @@ impl GrpcCache {
 
     /// The detailed status of a server of ours, as JSON.
     pub fn fetch_details(&self) -> Result<serde_json::Value, Error> {
-        let since = Instant::now();
-        let answer = self
-            .control
-            .status_opt(&Empty::new(), Self::short())
-            .map_err(|e| self.failed("vmcache.v1.Control/Status", since, e))?;
+        let call = "vmcache.v1.Control/Status";
+        let answer = self.patiently(Some(CALL), true, |server, since, _| {
+            let got = server.control.status_opt(&Empty::new(), Self::short());
+            got.map_err(|e| server.failed(call, since, e))
+        })?;
         serde_json::from_slice(&answer.json).map_err(|e| Error::Answer {
             endpoint: self.endpoint.clone(),
             call: "Status",

@@ -86,21 +86,22 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
 
     /// Sends a VM to its claimer and tells the driver what became of it.
     async fn deliver(self, ready: Box<Ready>, claimer: Claimer, pool: &Pool, waited: bool) {
+        if let Err(e) = ready.note.write(&claimer.owner) {
+            let text = format!("write the ledger of VM {}: {e}", ready.vm.id());
+            log::error!("claim-refused: {text}");
+            // Nobody has seen this VM.
+            let event = match ready.note.clear() {
+                Ok(()) => Event::Returned(ready),
+                Err(_) => Event::Undelivered { vm: Box::new(ready.vm), why: text.clone() },
+            };
+            self.refuse(RpcStatusCode::INTERNAL, &text).await;
+            return pool.tell(event);
+        }
         let Call { client, sink, answer } = self;
-        let Ready { vm, message, note, .. } = *ready;
-        let sent = match note.write(&claimer.owner) {
-            Ok(()) => {
-                // Nobody else is woken before the answer is out: on a small machine
-                // the driver would take the client's processor.
-                sink.success(answer(message)).await.map_err(|e| e.to_string())
-            }
-            Err(e) => {
-                let text = format!("write the ledger of VM {}: {e}", vm.id());
-                let status = RpcStatus::with_message(RpcStatusCode::INTERNAL, text.clone());
-                let _ = sink.fail(status).await;
-                Err(text)
-            }
-        };
+        let Ready { vm, message, .. } = *ready;
+        // Nobody else is woken before the answer is out: on a small machine the driver
+        // would take the client's processor.
+        let sent = sink.success(answer(message)).await.map_err(|e| e.to_string());
         drop(client);
         let Claimer { owner, label } = claimer;
         pool.tell(match sent {

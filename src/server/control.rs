@@ -29,6 +29,7 @@ const STATUS: Method<Empty, StatusReply> = method(MethodType::Unary, "/vmcache.v
 const CLAIM: Method<ClaimRequest, ClaimReply> =
     method(MethodType::ClientStreaming, "/vmcache.v1.Control/Claim");
 const CONFIRM: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Confirm");
+const KEEP: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Keep");
 const RELEASE: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Release");
 const DRAIN: Method<Empty, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Drain");
 const RESIZE: Method<ResizeRequest, Empty> =
@@ -54,7 +55,7 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         base: Arc::new(VmConfig::of(config)),
         again: Arc::clone(again),
     };
-    let [a, b, c, d, e, f, g] = std::array::from_fn(|_| own.clone());
+    let [a, b, c, d, e, f, g, h] = std::array::from_fn(|_| own.clone());
     ServiceBuilder::new()
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
             #[cfg(feature = "faults")]
@@ -67,6 +68,9 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         })
         .add_unary_handler(&CONFIRM, move |ctx: RpcContext<'_>, r: VmName, sink| {
             c.ask(&ctx, r, sink, Event::Confirm);
+        })
+        .add_unary_handler(&KEEP, move |ctx: RpcContext<'_>, r: VmName, sink| {
+            h.ask(&ctx, r, sink, Event::Keep);
         })
         .add_unary_handler(&RELEASE, move |ctx: RpcContext<'_>, r: VmName, sink| {
             d.ask(&ctx, r, sink, Event::Release);

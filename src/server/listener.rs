@@ -10,14 +10,14 @@ use std::collections::HashMap;
 use std::error;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use grpcio::Server;
 use nix::fcntl::{Flock, FlockArg};
@@ -26,12 +26,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
-use crate::sys::process::start_time;
+use crate::sys::process::{start_time, state};
 use crate::sys::rpc::{peer_credentials, serve_connection};
 use crate::worker::{self, Worker};
 
 /// Pause after accepting failed, for want of fds for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long children of a server that was killed may hold its lock.
+const INHERITED: Duration = Duration::from_secs(5);
+/// Pause between looks at it.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Why there is no socket.
 #[derive(Debug)]
@@ -125,16 +129,30 @@ impl Lock {
             .mode(0o600)
             .open(&path)
             .map_err(failed)?;
-        let mut file =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut f, e)| {
-                if e != nix::errno::Errno::EWOULDBLOCK {
-                    return failed(e.into());
-                }
-                let mut holder = String::new();
-                let _ = (&mut f).take(32).read_to_string(&mut holder);
-                Error::Held { endpoint: endpoint.to_path_buf(), holder: holder.trim().to_string() }
-            })?;
+        let deadline = Instant::now() + INHERITED;
+        let mut next = file;
+        let mut file = loop {
+            let (mut file, e) = match Flock::lock(next, FlockArg::LockExclusiveNonblock) {
+                Ok(locked) => break locked,
+                Err(refused) => refused,
+            };
+            if e != nix::errno::Errno::EWOULDBLOCK {
+                return Err(failed(e.into()));
+            }
+            let mut holder = String::new();
+            let _ = file.rewind().and_then(|()| (&mut file).take(32).read_to_string(&mut holder));
+            let holder = holder.trim().to_string();
+            // A server that was killed between forking and the child's executing QEMU:
+            // the child has the lock, too, until then.
+            let gone = holder.parse().is_ok_and(|pid| matches!(state(pid), None | Some('Z')));
+            if !gone || Instant::now() >= deadline {
+                return Err(Error::Held { endpoint: endpoint.to_path_buf(), holder });
+            }
+            pause(LOOK);
+            next = file;
+        };
         file.set_len(0)
+            .and_then(|()| file.rewind())
             .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
             .map_err(failed)?;
         Ok(Lock { endpoint: endpoint.to_path_buf(), file })
@@ -278,7 +296,7 @@ pub fn accept(
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => {
                 log::error!("accept a connection: {e}");
-                pause();
+                pause(ACCEPT_PAUSE);
             }
         }
     })
@@ -286,9 +304,9 @@ pub fn accept(
     Ok(Accepting { stop, thread })
 }
 
-#[allow(clippy::disallowed_methods)] // Nothing tells when fds are to be had again.
-fn pause() {
-    std::thread::sleep(ACCEPT_PAUSE);
+#[allow(clippy::disallowed_methods)] // Nothing tells when it can be had again.
+fn pause(time: Duration) {
+    std::thread::sleep(time);
 }
 
 fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {

@@ -33,6 +33,7 @@ use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 use crate::config::{self, Config};
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop};
+use crate::sys::process::raise_file_limit;
 use crate::worker::{self, Worker};
 use handover::Inherited;
 use listener::{Lock, Peers};
@@ -105,10 +106,14 @@ impl error::Error for Error {
 pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let program = handover::program().map_err(Error::Restart)?;
     config.check_files().map_err(Error::Config)?;
+    config.check_room().map_err(Error::Config)?;
     for line in &config.warnings {
         log::warn!("{line}");
     }
     panics::end_the_process();
+    if let Err(e) = raise_file_limit() {
+        log::warn!("raise the limit of open files: {e}");
+    }
     // Before any thread, so that all of them leave the signals to one.
     let signals = signals::block().map_err(|e| Error::Rpc(e.to_string()))?;
     let endpoint = config.endpoint();

@@ -141,6 +141,17 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Lets this process have as many files open as it may allow itself.
+///
+/// # Errors
+/// As setrlimit(2).
+#[cfg(feature = "host")]
+pub fn raise_file_limit() -> io::Result<()> {
+    use nix::sys::resource::{getrlimit, setrlimit, Resource::RLIMIT_NOFILE};
+    let (_, most) = getrlimit(RLIMIT_NOFILE)?;
+    Ok(setrlimit(RLIMIT_NOFILE, most, most)?)
+}
+
 /// All fds but 0 to 2 go when this process executes another program.
 ///
 /// # Errors
@@ -175,11 +186,17 @@ pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>],
     use std::os::unix::process::CommandExt;
     let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let parent = nix::unistd::getpid();
-    // SAFETY: setsid, sigprocmask, prctl, close_range and fcntl are async-signal-safe
+    let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    // SAFETY: setsid, setrlimit, sigprocmask, prctl, close_range and fcntl are system calls
     // and nothing here allocates.
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
+            // How many files this process may have open is no limit of the child's.
+            if let Ok((_, most)) = files {
+                let which = nix::sys::resource::Resource::RLIMIT_NOFILE;
+                nix::sys::resource::setrlimit(which, most, most)?;
+            }
             nix::sys::signal::SigSet::empty().thread_set_mask()?;
             if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());

@@ -1,12 +1,14 @@
 //! A VM's directory: Kata's place and names, mode 0700.
 //!
-//! Invariant: whoever holds a [`VmDir`] owns the directory; dropping it removes
-//! it unless it was let go.
+//! Invariants: whoever holds a [`VmDir`] owns the directory; dropping it removes
+//! it unless it was let go; what could not be removed is remembered, and a server
+//! tries again ([`remove_left`]).
 
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 
 use nix::mount::{umount2, MntFlags};
 
@@ -101,6 +103,34 @@ fn mounted_below(path: &Path) -> Option<PathBuf> {
     }
 }
 
+/// Directories that could not be removed: their file system takes nothing just now.
+static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// Most of them that are remembered; those beyond are the next server's to sweep.
+const MAX_LEFT: usize = 4096;
+
+fn left() -> MutexGuard<'static, Vec<PathBuf>> {
+    LEFT.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Whether there are directories of VMs that are gone which could not be removed.
+pub fn any_left() -> bool {
+    !left().is_empty()
+}
+
+/// Tries once more to remove them.
+pub fn remove_left() {
+    let all = std::mem::take(&mut *left());
+    // What can not be removed now, either, is remembered again.
+    all.iter().for_each(|path| drop(VmDir::adopt(path)));
+}
+
+fn remember(path: &Path) {
+    let mut left = left();
+    if left.len() < MAX_LEFT && !left.iter().any(|p| p == path) {
+        left.push(path.to_path_buf());
+    }
+}
+
 /// There was nothing to remove.
 fn gone(e: io::Error) -> io::Result<()> {
     match e.kind() {
@@ -127,7 +157,7 @@ impl Drop for VmDir {
                 self.path.display(),
                 place.display()
             );
-            return;
+            return remember(&self.path);
         }
         // Who is just connecting to the agent may add a port's lock meanwhile.
         let mut removed = fs::remove_dir_all(&self.path);
@@ -142,6 +172,7 @@ impl Drop for VmDir {
         let more = self.more.as_ref().map_or(Ok(()), fs::remove_dir_all);
         if let Err(e) = removed.and(more).or_else(gone) {
             log::warn!("remove the VM directory {}: {e}", self.path.display());
+            remember(&self.path);
         }
     }
 }

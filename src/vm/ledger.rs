@@ -261,6 +261,15 @@ impl ClaimNote {
         io::Write::write_all(&mut &self.0, line.as_bytes())
     }
 
+    /// Takes back what was written of an owner, when that failed.
+    ///
+    /// # Errors
+    /// As the file system's; what the note says is not known then.
+    pub fn clear(&self) -> io::Result<()> {
+        self.0.set_len(0)?;
+        io::Seek::rewind(&mut &self.0)
+    }
+
     /// The owner that stands in a VM's directory; `None` when there is none.
     fn read(dir: &Path) -> Option<Owner> {
         let mut text = String::new();

@@ -33,7 +33,7 @@ fn a_claim_that_is_not_confirmed_is_ended() {
     assert_eq!(d.status()["counters"]["claims_unconfirmed"], 1);
     // Who is late is told, and what was confirmed stays.
     match client.confirm_claim(&vm.id) {
-        Err(Error::Call { text, .. }) => assert!(text.contains("no such VM"), "{text}"),
+        Err(Error::Gone { text, .. }) => assert!(text.contains("no such VM"), "{text}"),
         other => panic!("{other:?}"),
     }
     assert_eq!(handed(&d).len(), 1);

@@ -19,6 +19,7 @@
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
 //! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
+//! | `memory`    | hosts that run out of it |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
@@ -42,6 +43,7 @@ mod faults;
 mod guest;
 mod interop;
 mod kata1;
+mod memory;
 mod pool;
 mod readme;
 mod resize;

@@ -128,10 +128,12 @@ impl Shared {
         });
     }
 
-    /// Waits until `done` gives something; `None` for no deadline.
+    /// Waits until `done` gives something; `None` for no deadline. `on_streams`: it
+    /// comes by the stream channel, not by the control channel alone.
     fn until<T>(
         &self,
         within: Option<Duration>,
+        on_streams: bool,
         what: &str,
         mut done: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T, Error> {
@@ -141,7 +143,9 @@ impl Shared {
             if let Some(value) = done(&mut state) {
                 return Ok(value);
             }
-            if let Some(why) = &state.broken {
+            // What lies in the other channel still counts: a guest that ends closes both.
+            let all_read = !on_streams || state.stream_ended.is_some();
+            if let Some(why) = state.broken.as_ref().filter(|_| all_read) {
                 return Err(Error::Broken(why.clone()));
             }
             let Some(deadline) = deadline else {
@@ -194,9 +198,9 @@ impl Session {
         let session = Session::over(control, stream).map_err(|e| guest(e.to_string()))?;
         let left = deadline.saturating_duration_since(Instant::now());
         let greeted = match booting {
-            true => {
-                session.shared.until(Some(left), "READY of hyperstart", |s| s.ready.then_some(()))
-            }
+            true => session
+                .shared
+                .until(Some(left), false, "READY of hyperstart", |s| s.ready.then_some(())),
             false => session.call(Code::Ping, &[], left).map(|_| ()),
         };
         greeted.map_err(|e| guest(format!("no hyperstart answers: {e}")))?;
@@ -267,11 +271,11 @@ impl Session {
         // One that nobody asked for is nobody's.
         self.shared.change(|s| s.answer = None);
         for piece in message.chunks(PIECE) {
-            self.shared.until(left(), "NEXT", |s| (s.unread == 0).then_some(()))?;
+            self.shared.until(left(), false, "NEXT", |s| (s.unread == 0).then_some(()))?;
             self.shared.change(|s| s.unread += piece.len());
             out.write_all(piece).map_err(|e| Error::Broken(format!("write to QEMU: {e}")))?;
         }
-        let answer = self.shared.until(left(), "answer", |s| s.answer.take())?;
+        let answer = self.shared.until(left(), false, "answer", |s| s.answer.take())?;
         answer.map_err(|text| {
             let text = String::from_utf8_lossy(&text);
             Error::Refused(text.trim_end_matches('\0').chars().take(200).collect())
@@ -351,7 +355,7 @@ impl Session {
     /// # Errors
     /// When there is no such process, time is up, or the channel ended.
     pub fn wait(&self, key: &Key, within: Option<Duration>) -> Result<i32, Error> {
-        self.shared.until(within, "end of the process", |s| match s.processes.get(key) {
+        self.shared.until(within, true, "end of the process", |s| match s.processes.get(key) {
             None => Some(Err(Error::Refused("no such process".into()))),
             Some(p) => p.code.filter(|_| p.streams_ended || s.stream_ended.is_some()).map(Ok),
         })?
@@ -372,7 +376,7 @@ impl Session {
     /// # Errors
     /// When the channel ended.
     pub fn read(&self, key: &Key, sequence: u64, most: usize) -> Result<Vec<u8>, Error> {
-        let bytes = self.shared.until(None, "bytes", |s| {
+        let bytes = self.shared.until(None, true, "bytes", |s| {
             let ended = s.processes.get(key).is_none_or(|p| p.streams_ended);
             match s.streams.get_mut(&sequence) {
                 Some(kept) if !kept.is_empty() => {

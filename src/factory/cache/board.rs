@@ -88,6 +88,8 @@ pub struct Facts {
     pub counters: Counters,
     /// VMs by QEMU's pid.
     pub vms: BTreeMap<i32, Seen>,
+    /// Why no VM is made, although some are missing.
+    pub held: Option<String>,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }
@@ -138,6 +140,7 @@ impl Board {
                 "awake": awake,
                 "booting": count(State::Booting),
                 "waiting": facts.waiting,
+                "held": facts.held,
             },
             "counters": facts.counters,
             "vms": vms,

@@ -25,18 +25,22 @@ use super::claim::Place;
 use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
+use super::room::{self, Room};
 use super::watch::Watch;
 use crate::config::Config;
 use crate::process::attendant::Role;
 use crate::report::chain;
 use crate::sys::process::{random, stand_back};
 use crate::vm::boot::BootError;
+use crate::vm::dir;
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::Vm;
 use crate::worker::{self, Worker};
 
 /// How often, while claims wait, their clients are looked after.
 const LOOK: Duration = Duration::from_millis(500);
+/// Between two tries to remove what could not be removed.
+const TIDY: Duration = Duration::from_secs(5);
 /// The driver's nice value.
 const NICE: i32 = 10;
 /// SIGKILL.
@@ -95,6 +99,11 @@ pub struct Driver {
     graces: VecDeque<(Instant, i32)>,
     rest: rest::Rest,
     next_job: u64,
+    room: Room,
+    /// When to look again whether there is room for another VM, while there is none.
+    held: Option<Instant>,
+    /// When to try again to remove what could not be removed.
+    tidy: Option<Instant>,
     /// Stopping, with VMs left to the next server.
     leaving: bool,
 }
@@ -146,6 +155,9 @@ impl Driver {
             graces: VecDeque::new(),
             rest: rest::Rest::new(config, pool)?,
             next_job: 1,
+            room: Room::new(config),
+            held: None,
+            tidy: None,
             leaving: false,
         })
     }
@@ -161,7 +173,9 @@ impl Driver {
             self.start_boots(now);
             self.rest_next(now);
             self.end_unconfirmed(now);
-            let wake = [self.policy.wake_at(self.view(), now), self.rest_at(now), self.grace_at()];
+            let held = self.held.filter(|until| now < *until);
+            let refill = self.policy.wake_at(self.view(), now);
+            let wake = [refill, held, self.rest_at(now), self.grace_at(), self.tidy_at(now)];
             let alarm = wake.into_iter().flatten().min().map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
@@ -185,6 +199,18 @@ impl Driver {
         }
     }
 
+    /// Removes directories that could not be removed before; when to try again.
+    fn tidy_at(&mut self, now: Instant) -> Option<Instant> {
+        if self.tidy.is_some_and(|at| at <= now) {
+            dir::remove_left();
+            self.tidy = None;
+        }
+        if dir::any_left() {
+            self.tidy.get_or_insert(now + TIDY);
+        }
+        self.tidy
+    }
+
     fn view(&self) -> View {
         // What is in hands may come back, and an event tells when it does not.
         let ready = self.pool.ready.len() + self.pool.in_hands();
@@ -193,7 +219,17 @@ impl Driver {
 
     fn start_boots(&mut self, now: Instant) {
         let Some(jobs) = &self.jobs else { return };
-        for _ in 0..self.policy.to_start(self.view(), now) {
+        let wanted = self.policy.to_start(self.view(), now);
+        if wanted == 0 || self.held.is_some_and(|until| now < until) {
+            return;
+        }
+        for _ in 0..wanted {
+            let room = self.room.look(self.booting.len());
+            self.held = (!room).then(|| now + room::LOOK);
+            self.pool.board.facts().held = self.room.short().map(str::to_string);
+            if !room {
+                return;
+            }
             let number = self.next_job;
             if jobs.send(Job { number }).is_err() {
                 return;
@@ -219,7 +255,8 @@ impl Driver {
             Event::Rehearsed { pid, silent } => self.rehearsed(pid, silent),
             Event::Rested { ready, failed } => self.rested(ready, failed),
             Event::Ended(token) => self.ended(token),
-            Event::Confirm(asked) => self.confirm(asked),
+            Event::Confirm(asked) => self.confirm(asked, false),
+            Event::Keep(asked) => self.confirm(asked, true),
             Event::Release(asked) => self.release(asked),
             Event::Target { target, by } => self.set_target(target, &by),
             Event::Stop(_) => {}

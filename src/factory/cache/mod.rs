@@ -23,4 +23,5 @@ pub mod making;
 pub mod policy;
 pub mod pool;
 pub mod resting;
+mod room;
 pub mod watch;

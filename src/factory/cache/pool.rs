@@ -74,6 +74,8 @@ pub enum Event {
     Ended(u64),
     /// A client says that it has a VM.
     Confirm(Asked),
+    /// A client's VM is to outlive it.
+    Keep(Asked),
     /// A client does not want its VM any more.
     Release(Asked),
     /// Keep so many VMs ready; `None` to hand nothing out any more.

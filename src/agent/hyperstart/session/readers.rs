@@ -56,7 +56,10 @@ pub(super) fn read_bytes(shared: &Shared, from: &mut impl Read) {
         let mut state = shared.lock();
         while state.streams.get(&sequence).is_some_and(|kept| kept.len() + data.len() > KEPT) {
             if state.broken.is_some() {
-                return;
+                let why = "hyperstart's control channel ended";
+                state.stream_ended.get_or_insert(why.into());
+                drop(state);
+                return shared.news.notify_all();
             }
             state = shared.wait(state);
         }

@@ -48,12 +48,12 @@ impl Driver {
         found.map(|(pid, handed)| (*pid, handed.ledger.owner)).ok_or(Refusal::NoSuchVm)
     }
 
-    /// Its claimer has it.
-    pub(super) fn confirm(&mut self, asked: Asked) {
+    /// Its claimer has it; with `keep`, for good.
+    pub(super) fn confirm(&mut self, asked: Asked, keep: bool) {
         let Asked { id, by, reply } = asked;
         let confirmed = self.find(&id).and_then(|(pid, owner)| match owner {
             Some(o) if (o.pid, o.start_time) == (by.pid, by.start_time) => {
-                self.confirmed(pid);
+                self.confirmed(pid, keep);
                 Ok(())
             }
             _ => Err(Refusal::NotYours),
@@ -62,11 +62,12 @@ impl Driver {
         let _ = reply.send(confirmed);
     }
 
-    fn confirmed(&mut self, pid: i32) {
+    fn confirmed(&mut self, pid: i32, keep: bool) {
         let Some(handed) = self.handed.get_mut(&pid) else { return };
         handed.until = None;
         let Some(owner) = handed.ledger.owner.as_mut() else { return };
         owner.unconfirmed = false;
+        owner.lease &= !keep;
         let leased = owner.lease;
         // Its owner may have ended it, and its directory, already.
         if let Err(e) = handed.ledger.write(&handed.dir) {
