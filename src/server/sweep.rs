@@ -175,7 +175,7 @@ mod tests {
     fn a_qemu_whose_pid_was_never_written_is_found_by_its_name() {
         let id = format!("sweep-test-{}", std::process::id());
         let script = "sleep 60; :";
-        let child = std::process::Command::new("/bin/sh")
+        let mut child = std::process::Command::new("/bin/sh")
             .args(["-c", script, "-name", &format!("sandbox-{id},debug-threads=on")])
             .spawn()
             .unwrap();
@@ -188,7 +188,8 @@ mod tests {
         let found = found.unwrap();
         assert_eq!(found.pid(), child.id() as i32);
         drop(found);
-        assert_eq!(start_time(child.id() as i32), None, "killed, and reaped");
+        let reaped = child.wait().unwrap_err();
+        assert_eq!(reaped.raw_os_error(), Some(nix::errno::Errno::ECHILD as i32));
     }
 
     /// One that stands in for a virtiofsd, likewise.
@@ -196,7 +197,7 @@ mod tests {
     #[allow(clippy::disallowed_methods)] // No VM is needed to be served like one.
     fn what_served_a_vm_is_found_by_its_socket() {
         let dir = std::path::PathBuf::from(format!("/nonexistent/{}", std::process::id()));
-        let child = std::process::Command::new("/bin/sh")
+        let mut child = std::process::Command::new("/bin/sh")
             .args(["-c", "sleep 60; :", "x"])
             .arg(format!("source={}/shared", dir.display()))
             .spawn()
@@ -209,6 +210,7 @@ mod tests {
         });
         assert!(unrecorded_attendants(&dir.join("other")).is_empty());
         drop(found.unwrap());
-        assert_eq!(start_time(child.id() as i32), None, "killed, and reaped");
+        let reaped = child.wait().unwrap_err();
+        assert_eq!(reaped.raw_os_error(), Some(nix::errno::Errno::ECHILD as i32));
     }
 }

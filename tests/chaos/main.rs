@@ -15,6 +15,7 @@ mod daemon;
 mod field;
 mod rows;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -23,11 +24,14 @@ use field::Row;
 /// How much of the long run there is, in hundredths, unless it is said.
 const SHORT: u32 = 5;
 
+/// Brings a fault about so many times.
+type Fault = fn(&Path, u32) -> Row;
+
 fn main() -> ExitCode {
     let Some(prepared) = daemon::prepared() else { return ExitCode::SUCCESS };
     let share = std::env::var("VMCACHE_CHAOS").ok().map_or(SHORT, |n| n.parse().unwrap());
     let times = |all: u32| (all * share).div_ceil(100);
-    let rows: [(&str, u32, fn(&std::path::Path, u32) -> Row); 8] = [
+    let rows: [(&str, u32, Fault); 8] = [
         ("clients SIGKILLed in a claim", times(1000), rows::clients),
         ("QEMUs SIGKILLed", times(200), rows::qemus_killed),
         ("servers SIGKILLed under load", times(100), rows::servers),

@@ -15,13 +15,15 @@ use crate::require_qemu;
 fn a_client_killed_while_it_waits_takes_nothing() {
     let prepared = require_qemu!();
     let daemon = Daemon::launch(&Options::pool(&prepared, 1), Dir::new());
-    for _ in 0..5 {
-        let mut child = daemon.command(&["get"]).stdout(Stdio::null()).spawn().unwrap();
-        wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);
-        child.kill().unwrap();
-        wait_child(&mut child);
-        wait_for("an empty line", || daemon.status()["pool"]["waiting"] == 0);
+    // All at once: they have to be gone before the first VM has booted.
+    let get = || daemon.command(&["get"]).stdout(Stdio::null()).spawn().unwrap();
+    let mut children: Vec<_> = (0..5).map(|_| get()).collect();
+    wait_for("five claims in line", || daemon.status()["pool"]["waiting"] == 5);
+    children.iter_mut().for_each(|child| child.kill().unwrap());
+    for child in &mut children {
+        wait_child(child);
     }
+    wait_for("an empty line", || daemon.status()["pool"]["waiting"] == 0);
     daemon.wait_ready(1);
     let status = daemon.status();
     assert_eq!(status["counters"]["boots"], 1, "{status}");

@@ -27,6 +27,7 @@ fn refill_waits_for_memory_and_goes_on_when_it_is_there() {
     for _ in 0..taken {
         std::io::Write::write_all(&mut &file, &piece).unwrap();
     }
+    drop(file);
     let d = Daemon::launch(&options, dir);
     d.wait_log("memory-short: a VM may need", 1);
     wait_for("what status says", || d.status()["pool"]["held"].is_string());
@@ -59,7 +60,7 @@ fn a_pool_that_can_never_fit_is_refused_with_the_sum() {
     let each = u64::from(options.memory) + 64;
     let said = refused(&options);
     let sum = format!("4 VMs of {each} MiB are {} MiB", 4 * each);
-    assert!(said.contains("c.toml:8: vm_cache_number") && said.contains(&sum), "{said}");
+    assert!(said.contains("vm_cache_number = 4: ") && said.contains(&sum), "{said}");
     options.more_qemu = "enable_hugepages = true\n".into();
     options.memory = 256;
     let huge = meminfo("HugePages_Total:") * meminfo("Hugepagesize:");

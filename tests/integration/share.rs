@@ -99,7 +99,7 @@ fn a_root_is_seen_by_9p_and_goes_with_its_vm() {
     assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stderr), d.log());
     let id = text(&out.stderr).trim().to_string();
     let place = d.store().join(&id).join("shared/vmcache-root");
-    assert_eq!(mounts(&d.store()), [place.clone()]);
+    assert_eq!(mounts(&d.store()), std::slice::from_ref(&place));
     // The guest is root there, and the host's files stay as they are.
     let write = fs::write(place.join("etc/vmcache-was-here"), "");
     assert_eq!(write.unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
