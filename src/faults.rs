@@ -16,3 +16,8 @@ pub fn point(name: &str) {
     let Some((wanted, file)) = text.split_once(':') else { return };
     assert!(wanted != name || fs::remove_file(file).is_err(), "asked for by {VARIABLE}");
 }
+
+/// Whether this is asked for, for good: no file is needed.
+pub fn asked(name: &str) -> bool {
+    std::env::var(VARIABLE).is_ok_and(|text| text == name)
+}

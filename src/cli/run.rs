@@ -32,7 +32,7 @@ const HURRY: Duration = Duration::from_secs(2);
 pub fn get(common: &Common, g: &Get) -> Outcome {
     let session = Session::start()?;
     // Until its id is out, nobody else could end it.
-    let server = connect(common)?.labelled(&g.label).leasing();
+    let server = connect(common)?.labelled(&g.label).leasing_until_kept();
     let own = own_config(common)?;
     let wanted = g.size.within(g.wait);
     let progress = Progress::start("waiting for a VM");

@@ -33,12 +33,20 @@ const CALL: Duration = Duration::from_secs(10);
 /// Largest answer taken, in bytes.
 const MAX_ANSWER: i32 = 16 * 1024 * 1024;
 
+/// Whether VMs end with the process that claims them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lease {
+    No,
+    Process,
+    UntilKept,
+}
+
 /// A connection to a server.
 pub struct GrpcCache {
     endpoint: PathBuf,
     cache: CacheServiceClient,
     control: ControlClient,
-    lease: bool,
+    lease: Lease,
     label: String,
     /// What the server says of its VMs: it does not change while it runs.
     served: OnceLock<VmConfig>,
@@ -63,7 +71,7 @@ impl GrpcCache {
             endpoint: endpoint.to_path_buf(),
             cache: CacheServiceClient::new(channel.clone()),
             control: ControlClient::new(channel),
-            lease: false,
+            lease: Lease::No,
             label: String::new(),
             served: OnceLock::new(),
             _environment: environment,
@@ -73,7 +81,14 @@ impl GrpcCache {
     /// The same connection, whose VMs end with this process unless they are
     /// let go of by the server's knowing.
     pub fn leasing(mut self) -> GrpcCache {
-        self.lease = true;
+        self.lease = Lease::Process;
+        self
+    }
+
+    /// The same, until [`GrpcCache::keep`] is said of one; where the server has no such
+    /// call, its VMs are not leased.
+    pub fn leasing_until_kept(mut self) -> GrpcCache {
+        self.lease = Lease::UntilKept;
         self
     }
 
@@ -153,7 +168,7 @@ impl GrpcCache {
     pub fn claim_raw(&self, within: Option<Duration>) -> Result<GrpcVM, Error> {
         self.patiently(within, false, |server, since, within| {
             let mut option = waiting(within);
-            if server.lease {
+            if server.lease == Lease::Process {
                 let mut headers = MetadataBuilder::with_capacity(1);
                 headers.add_str(LEASE_HEADER, "process").expect("a constant ASCII header is valid");
                 option = option.headers(headers.build());
@@ -168,7 +183,7 @@ impl GrpcCache {
     pub fn claim(&self, within: Option<Duration>) -> Result<(GrpcVM, Duration), Error> {
         let call = "vmcache.v1.Control/Claim";
         let request = ClaimRequest {
-            lease: self.lease,
+            lease: self.lease != Lease::No,
             label: self.label.clone(),
             ..ClaimRequest::default()
         };

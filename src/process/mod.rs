@@ -199,6 +199,16 @@ pub fn reap(pidfd: BorrowedFd<'_>) -> Option<WaitStatus> {
     waitid(Id::PIDFd(pidfd), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG).ok()
 }
 
+/// Collects all children that have ended: those of whoever this process was before it
+/// executed its program anew. Only while nobody else waits for a child.
+pub fn reap_all() {
+    use nix::sys::wait::waitpid;
+    while matches!(
+        waitpid(None, Some(WaitPidFlag::WNOHANG)),
+        Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))
+    ) {}
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         if !self.let_go {

@@ -21,6 +21,9 @@ use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
 use crate::proto::cache::GrpcVM;
 use crate::vm::ledger::Owner;
 
+/// Claims that may wait at once.
+const MAX_WAITING: usize = 4096;
+
 /// A claim: who asks, and where the answer goes. The one must outlive the other:
 /// dropped, a stream of requests cancels its call.
 pub struct Call<Q, R> {
@@ -54,6 +57,10 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
             Some(ready) => self.deliver(ready, claimer, &pool, false).await,
             None if pool.closing() => {
                 self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
+            }
+            None if pool.waiting() >= MAX_WAITING => {
+                let text = format!("{MAX_WAITING} claims wait already");
+                self.refuse(RpcStatusCode::RESOURCE_EXHAUSTED, &text).await;
             }
             None => self.wait(&pool.stand_in_line(), claimer, &pool).await,
         }

@@ -11,7 +11,7 @@ use grpcio::{
 };
 
 use super::claim::Call;
-use super::listener::{Peer, Peers};
+use super::peers::{Peer, Peers};
 use super::service::{fail, master, method, succeed};
 use super::Again;
 use crate::config::{Config, MAX_POOL};

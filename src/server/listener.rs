@@ -6,7 +6,6 @@
 //! not by gRPC, so that the peer's credentials are known before a byte of it
 //! is read.
 
-use std::collections::HashMap;
 use std::error;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -16,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use grpcio::Server;
@@ -25,6 +24,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
+use super::peers::{Peer, Peers};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
 use crate::sys::process::{start_time, state};
 use crate::sys::rpc::{peer_credentials, serve_connection};
@@ -222,36 +222,6 @@ fn beside(endpoint: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer {
-    /// Its pid when it connected.
-    pub pid: i32,
-    /// Its start time, clock ticks after boot.
-    pub start_time: u64,
-    /// Its user.
-    pub uid: u32,
-}
-
-/// Peers by the number of their connection's fd, under which gRPC names them.
-///
-/// An entry is replaced when its fd is used again, so there are never more
-/// than the process may have fds.
-#[derive(Clone, Debug, Default)]
-pub struct Peers(Arc<Mutex<HashMap<i32, Peer>>>);
-
-impl Peers {
-    /// The peer that gRPC calls `fd:N`.
-    pub fn find(&self, name: &str) -> Option<Peer> {
-        let fd: i32 = name.rsplit(':').next()?.parse().ok()?;
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).get(&fd).copied()
-    }
-
-    fn insert(&self, fd: i32, peer: Peer) {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).insert(fd, peer);
-    }
-}
-
 /// The thread that accepts.
 pub struct Accepting {
     stop: Arc<EventFd>,
@@ -322,7 +292,10 @@ fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
     };
     // Known before gRPC can name it.
     let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid };
-    peers.insert(stream.as_raw_fd(), peer);
+    if !peers.admit(stream.as_raw_fd(), peer) {
+        let _ = stream.shutdown(Shutdown::Both);
+        return;
+    }
     if let Err(e) = serve_connection(server, stream) {
         log::warn!("serve the connection of pid {pid}: {e}");
     }

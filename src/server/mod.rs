@@ -18,6 +18,7 @@ pub mod handover;
 pub mod listener;
 pub mod notify;
 pub mod panics;
+pub mod peers;
 pub mod service;
 pub mod signals;
 pub mod sweep;
@@ -33,10 +34,12 @@ use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 use crate::config::{self, Config};
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop};
+use crate::process::reap_all;
 use crate::sys::process::raise_file_limit;
 use crate::worker::{self, Worker};
 use handover::Inherited;
-use listener::{Lock, Peers};
+use listener::Lock;
+use peers::Peers;
 
 /// How long the driver may take to stop.
 const STOP: Duration = Duration::from_secs(60);
@@ -129,6 +132,10 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
     let kept = sweep::sweep(&config);
     let kept = kept.map_err(|source| Error::Store { path: store, source })?;
+    if inherited.is_some() {
+        // Children that ended while nobody looked, and are in no ledger any more.
+        reap_all();
+    }
     kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
     kept.ready.into_iter().for_each(|ready| driver.adopt(ready));
     let peers = Peers::default();
@@ -138,12 +145,13 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         .max_receive_message_len(MAX_REQUEST)
         .http2_bdp_probe(false)
         .build_args();
-    let server = ServerBuilder::new(Arc::clone(&environment))
+    let mut server = ServerBuilder::new(Arc::clone(&environment))
         .channel_args(arguments)
-        .register_service(service::cache(&config, &pool, &peers))
-        .register_service(control::control(&config, &pool, &peers, &again))
-        .build()
-        .map_err(|e| Error::Rpc(e.to_string()))?;
+        .register_service(service::cache(&config, &pool, &peers));
+    if !katas_calls_only() {
+        server = server.register_service(control::control(&config, &pool, &peers, &again));
+    }
+    let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
     let accepting = inherited
         .map_or_else(|| lock.listen(&config), Ok)
         .and_then(|socket| listener::accept(socket, server, peers))
@@ -189,6 +197,14 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     lock.release();
     log::info!("server-stopped");
     Ok(())
+}
+
+/// Whether a test wants a server such as Kata's, which has no calls of ours.
+fn katas_calls_only() -> bool {
+    #[cfg(feature = "faults")]
+    return crate::faults::asked("katas-calls-only");
+    #[cfg(not(feature = "faults"))]
+    false
 }
 
 /// Tells the driver to stop.

@@ -10,7 +10,7 @@ use grpcio::{
 };
 
 use super::claim::Call;
-use super::listener::{Peer, Peers};
+use super::peers::{Peer, Peers};
 use crate::config::Config;
 use crate::factory::cache::pool::Pool;
 use crate::factory::grpccache::LEASE_HEADER;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use vmcache::factory::grpccache::{Error, GrpcCache};
 use vmcache::vm::wire::from_wire;
 
-use crate::daemon::{assert_nothing_left, qemus, text, wait_for, Daemon, Options, LONG};
+use crate::daemon::{assert_nothing_left, qemus, text, wait_for, Daemon, Dir, Options, LONG};
 use crate::require_qemu;
 
 fn handed(daemon: &Daemon) -> Vec<Value> {
@@ -107,5 +107,62 @@ fn a_pool_is_drained_and_filled_and_resized() {
     let out = d.output(&["resize", "5000"]);
     assert!(text(&out.stderr).contains("at most 4096"), "{}", text(&out.stderr));
     d.ok(&["stop", &kept]);
+    assert_nothing_left(&d.quit().0);
+}
+
+/// Another user's connections, of which there are too many, are ended; others go on.
+#[test]
+fn a_flood_of_one_user_leaves_room_for_others() {
+    let prepared = require_qemu!();
+    let mut options = Options::pool(&prepared, 1);
+    options.more_ours.push_str("socket_mode = \"0666\"\n");
+    let d = Daemon::start(&options);
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&d.dir.0, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let fds = || std::fs::read_dir(format!("/proc/{}/fd", d.pid())).unwrap().count();
+    let before = fds();
+    // Opens 700, and tells how many were ended at once.
+    let script = "use Socket; $| = 1; my @all; for (1..700) { my $s; \
+                  socket($s, AF_UNIX, SOCK_STREAM, 0); connect($s, sockaddr_un($ARGV[0])) or die; \
+                  push @all, $s } sleep 1; my $n = 0; for my $s (@all) { my $b; \
+                  my $r = recv($s, $b, 1, MSG_DONTWAIT | MSG_PEEK); \
+                  $n++ if defined $r and length($b) == 0 } print \"$n\\n\"; <STDIN>";
+    use std::os::unix::process::CommandExt;
+    let mut flood = std::process::Command::new("perl")
+        .args(["-e", script])
+        .arg(d.socket())
+        .uid(65534)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let out = flood.stdout.take().unwrap();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
+    assert_eq!(line.trim(), "188", "{}", d.log());
+    assert!(fds() <= before + 512 + 8, "{} fds, {before} before", fds());
+    assert_eq!(d.log_lines("connection-refused").len(), 1);
+    assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
+    flood.kill().unwrap();
+    flood.wait().unwrap();
+    wait_for("their end", || fds() <= before + 8);
+    d.wait_ready(1);
+    assert_nothing_left(&d.quit().0);
+}
+
+/// Our client takes VMs of a server that has none of our calls, as Kata's have not.
+#[test]
+fn a_server_with_katas_four_calls_only_is_enough() {
+    let prepared = require_qemu!();
+    let options = Options::pool(&prepared, 1);
+    let d = Daemon::launch_with(&options, Dir::new(), &[("VMCACHE_FAULT", "katas-calls-only")]);
+    wait_for("a VM", || d.status()["pool"]["ready"] == 1);
+    assert!(d.status()["counters"].is_null(), "it has our status");
+    let id = d.ok(&["get", "--wait", "60"]).trim().to_string();
+    assert_eq!(d.ok(&["exec", &id, "--", "echo", "mine"]), "mine\n");
+    assert_eq!(d.ok(&["run", "--wait", "60", "--", "echo", "run"]), "run\n");
+    let out = d.output(&["resize", "2"]);
+    assert!(text(&out.stderr).contains("it is not vmcache's own"), "{}", text(&out.stderr));
+    d.ok(&["stop", &id]);
     assert_nothing_left(&d.quit().0);
 }

@@ -239,6 +239,11 @@ impl Pool {
         self.in_hands.load(Ordering::SeqCst)
     }
 
+    /// Claims in line.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
     /// Stands in line.
     pub fn stand_in_line(&self) -> Arc<Place> {
         let place = Arc::new(Place::default());

@@ -44,6 +44,9 @@ impl Driver {
 
     /// Ends VMs that stand ready beyond the target, the last to have come first.
     pub(super) fn retire_surplus(&mut self) {
+        if self.pool.ready.len() <= self.policy.target() {
+            return;
+        }
         let all: Vec<_> = self.pool.ready.try_iter().collect();
         for (n, ready) in all.into_iter().enumerate() {
             match n < self.policy.target() || !self.line.is_empty() {
