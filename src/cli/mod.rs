@@ -114,10 +114,17 @@ fn serve(common: &Common) -> Outcome {
         return Ok(0);
     }
     let own = common.clone();
+    let (endpoint, store) = (config.endpoint(), config.store());
     let again = move || {
         let good = |c: Config| c.check_files().and_then(|()| c.check_room()).map(|()| c);
         let config = served(&own).and_then(good);
-        match config.map_err(|e| crate::report::chain(&e))?.pool {
+        let config = config.map_err(|e| crate::report::chain(&e))?;
+        if config.endpoint() != endpoint || config.store() != store {
+            let text = "vm_cache_endpoint or vm_store_path is another one: its VMs and clients \
+                        would be lost; stop the server and start it";
+            return Err(text.into());
+        }
+        match config.pool {
             0 => Err("vm_cache_number is 0: to switch the pool off, stop the server".into()),
             _ => Ok(()),
         }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::after;
 pub use error::Error;
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
 
@@ -30,6 +31,10 @@ use crate::vm::{wire, Vm, VmConfig};
 pub const LEASE_HEADER: &str = "vmcache-lease";
 /// Deadline of a call that waits for nothing.
 const CALL: Duration = Duration::from_secs(10);
+/// How often a call is made again whose connection broke.
+const MOST_TRIES: u32 = 4;
+/// Pause before the first of that; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Largest answer taken, in bytes.
 const MAX_ANSWER: i32 = 16 * 1024 * 1024;
 
@@ -211,11 +216,20 @@ impl GrpcCache {
     ) -> Result<T, Error> {
         let since = Instant::now();
         let mut answer = ask(self, since, within);
+        let mut tries = 0;
         while let Err(Error::Stopping { text, .. }) = &answer {
             let final_word = [STOPPING, DRAINED].contains(&text.as_str());
             let left = within.map(|w| w.saturating_sub(since.elapsed()));
-            if final_word || left == Some(Duration::ZERO) || !(broken || text == RESTARTING) {
+            if final_word || left == Some(Duration::ZERO) {
                 break;
+            }
+            if text != RESTARTING {
+                // A server may be going, or may not want this client.
+                if !broken || tries == MOST_TRIES {
+                    break;
+                }
+                let _ = after(FIRST_PAUSE * (1 << tries)).recv();
+                tries += 1;
             }
             // Its socket has stayed: who connects waits for the next one to accept.
             let again = GrpcCache::connect(&self.endpoint)?;

@@ -125,12 +125,13 @@ impl Own {
         let Peer { pid, start_time, uid } = by;
         let by = Owner { pid, start_time, uid, lease: false, unconfirmed: false };
         self.pool.tell(event(Asked { id: vm.id, by, reply }));
+        let pool = Arc::clone(&self.pool);
         ctx.spawn(async move {
             let _ = match answer.await {
                 Ok(Ok(())) => sink.success(Empty::new()).await,
                 Ok(Err(refusal)) => sink.fail(status(&refusal)).await,
                 Err(_) => {
-                    let text = "the server is stopping".to_string();
+                    let text = pool.farewell().to_string();
                     sink.fail(RpcStatus::with_message(RpcStatusCode::UNAVAILABLE, text)).await
                 }
             };

@@ -27,7 +27,7 @@ use nix::unistd::{chown, Group};
 use super::peers::{Peer, Peers};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
 use crate::sys::process::{start_time, state};
-use crate::sys::rpc::{peer_credentials, serve_connection};
+use crate::sys::rpc::{peer_credentials, renumbered, serve_connection};
 use crate::worker::{self, Worker};
 
 /// Pause after accepting failed, for want of fds for example.
@@ -196,16 +196,33 @@ impl Lock {
         };
         let _ = fs::remove_file(&new);
         let socket = UnixListener::bind(&new).map_err(failed("bind"))?;
+        self.permit_at(&new, config)?;
+        fs::rename(&new, endpoint).map_err(failed("put in place"))?;
+        Ok(socket)
+    }
+
+    /// Gives the socket that is there its permissions.
+    ///
+    /// # Errors
+    /// As chmod(2) and chown(2), and [`Error::NoGroup`].
+    pub fn permit(&self, config: &Config) -> Result<(), Error> {
+        self.permit_at(&self.endpoint, config)
+    }
+
+    fn permit_at(&self, path: &Path, config: &Config) -> Result<(), Error> {
+        let failed = |during| {
+            let path = self.endpoint.clone();
+            move |source| Error::Io { during, path, source }
+        };
         let mode = fs::Permissions::from_mode(config.socket_mode);
-        fs::set_permissions(&new, mode).map_err(failed("set the permissions of"))?;
+        fs::set_permissions(path, mode).map_err(failed("set the permissions of"))?;
         let group = config.text(OURS, "socket_group");
         if !group.is_empty() {
             let found = Group::from_name(group).ok().flatten();
             let found = found.ok_or_else(|| Error::NoGroup { name: group.to_string() })?;
-            chown(&new, None, Some(found.gid)).map_err(|e| failed("set the group of")(e.into()))?;
+            chown(path, None, Some(found.gid)).map_err(|e| failed("set the group of")(e.into()))?;
         }
-        fs::rename(&new, endpoint).map_err(failed("put in place"))?;
-        Ok(socket)
+        Ok(())
     }
 
     /// Removes the socket and lets the lock go.
@@ -290,6 +307,7 @@ fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
             return;
         }
     };
+    let stream = renumbered(stream);
     // Known before gRPC can name it.
     let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid };
     if !peers.admit(stream.as_raw_fd(), peer) {

@@ -153,7 +153,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     }
     let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
     let accepting = inherited
-        .map_or_else(|| lock.listen(&config), Ok)
+        .map_or_else(|| lock.listen(&config), |socket| lock.permit(&config).map(|()| socket))
         .and_then(|socket| listener::accept(socket, server, peers))
         .map_err(Error::Listen)?;
     signals.forward(&pool, again).map_err(Error::Thread)?;
@@ -169,7 +169,6 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
 
     // The one wait of the main thread: the driver ends by signal, Quit, or a panic.
     let _ = driver.done().recv();
-    notify::state("STOPPING=1");
     pool.close();
     let Stop { why, leave } = match driver.join(STOP) {
         Ok(stop) => stop,
@@ -178,6 +177,10 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
             Stop { why: "a fault".into(), leave: false }
         }
     };
+    match leave {
+        true => notify::reloading(),
+        false => notify::state("STOPPING=1"),
+    }
     log::info!("server-stopping: {why}");
     let mut socket = None;
     if let Some((mut server, listener)) = accepting.stop(JOIN) {
@@ -189,7 +192,13 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
             .and_then(|w| w.join(JOIN).map(|_| ()));
         drop(server);
     }
-    if let (true, Some(socket)) = (leave, socket) {
+    if leave && pool.ending() {
+        sweep::end_ready(&config);
+    } else if leave {
+        let Some(socket) = socket else {
+            let text = "the accepting thread did not end";
+            return Err(Error::Restart(io::Error::other(text)));
+        };
         log::info!("server-restarting: executing {}", program.display());
         let e = handover::execute(&program, lock.file(), &socket.into());
         return Err(Error::Restart(e));
@@ -209,6 +218,8 @@ fn katas_calls_only() -> bool {
 
 /// Tells the driver to stop.
 pub fn stop(pool: &Pool, why: &str) {
+    // Also when a restart is under way, which then is none.
+    pool.end();
     pool.tell(Event::Stop(Stop { why: why.to_string(), leave: false }));
 }
 

@@ -19,3 +19,10 @@ pub fn state(text: &str) {
         log::warn!("notify systemd at {}: {e}", path.to_string_lossy());
     }
 }
+
+/// A restart: READY follows.
+pub fn reloading() {
+    let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    let now = clock.map_or(0, |t| t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000);
+    state(&format!("RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=restarting"));
+}

@@ -80,6 +80,18 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
     Ok(kept)
 }
 
+/// Ends the VMs that a server has left to the next one, when there shall be none.
+pub fn end_ready(config: &Config) {
+    let own = config.endpoint().display().to_string();
+    for (path, ledger) in Ledger::all(&config.store()) {
+        if ledger.endpoint == own && ledger.state == State::Ready {
+            drop(Process::adopt(ledger.pid, ledger.start_time));
+            drop(ledger.adopt_attendants());
+            drop(VmDir::adopt(&path));
+        }
+    }
+}
+
 /// Whether it was made so long ago that its QEMU, if there were one, had a pid by now.
 fn old(ledger: &Ledger) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());

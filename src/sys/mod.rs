@@ -6,6 +6,8 @@
 
 #[cfg(feature = "guest")]
 pub mod guest;
+#[cfg(feature = "host")]
+pub mod mount;
 pub mod process;
 #[cfg(feature = "host")]
 pub mod rpc;

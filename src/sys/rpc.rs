@@ -1,10 +1,16 @@
 //! Handing connected sockets to gRPC, and asking them who is behind.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use grpcio::{Channel, ChannelBuilder, Server};
+
+/// Numbers of connections begin here.
+const LOWEST: i32 = 256;
+/// How many of them are used in turn.
+const NUMBERS: i32 = 8192;
 
 /// Gives an accepted connection to a gRPC server and tells the number of its
 /// fd, under which `RpcContext::peer` names it (`fd:N`).
@@ -17,6 +23,19 @@ pub fn serve_connection(server: &mut Server, stream: UnixStream) -> io::Result<i
     // SAFETY: a connected stream socket, owned by nobody else from here on.
     unsafe { server.add_channel_from_fd(fd) };
     Ok(fd)
+}
+
+/// The same connection under a number that was not used for long: gRPC names it by
+/// its number, and may still do so when it has ended.
+pub fn renumbered(stream: UnixStream) -> UnixStream {
+    static NEXT: AtomicI32 = AtomicI32::new(LOWEST);
+    let from = LOWEST + NEXT.fetch_add(1, Ordering::Relaxed).rem_euclid(NUMBERS);
+    match nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(from)) {
+        // SAFETY: the kernel just returned this fd, and nothing else owns it.
+        Ok(fd) => unsafe { UnixStream::from_raw_fd(fd) },
+        // Its own number, when there are not so many.
+        Err(_) => stream,
+    }
 }
 
 /// A gRPC channel over a connected socket; `target` becomes its authority.

@@ -101,6 +101,14 @@ fn a_pool_is_drained_and_filled_and_resized() {
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("the pool is drained"), "{}", text(&out.stderr));
     assert_eq!(d.ok(&["exec", &kept, "--", "echo", "here"]), "here\n");
+    // Also while its VMs are coming to rest, one of them in hands.
+    for pause in [0, 40, 150, 400] {
+        d.ok(&["resize", "1"]);
+        d.wait_ready(1);
+        std::thread::sleep(Duration::from_millis(pause));
+        d.ok(&["drain"]);
+        assert_eq!(qemus(&d.dir.0).len(), 1, "{pause} ms{}", d.log());
+    }
     d.ok(&["resize", "1"]);
     assert_eq!(d.ok(&["run", "--", "echo", "again"]), "again\n");
     d.wait_ready(1);

@@ -129,6 +129,9 @@ fn a_restart_that_would_fail_is_refused() {
         (good.replace("default_memory = 256", "default_memory = \"much\""), "default_memory"),
         (good.replace("vm_cache_number = 1", "vm_cache_number = 0"), "vm_cache_number is 0"),
         (good.replace("kernel = \"", "kernel = \"/none"), "/none"),
+        // Its VMs and clients would not be found there.
+        (good.replace("/s\"", "/t\""), "vm_cache_endpoint"),
+        (good.replace("/vm\"", "/other\""), "vm_store_path"),
     ] {
         assert_ne!(bad, good);
         fs::write(&daemon.config, bad).unwrap();
@@ -141,6 +144,25 @@ fn a_restart_that_would_fail_is_refused() {
     fs::write(&daemon.config, good).unwrap();
     assert_eq!(ready(&daemon), before);
     assert_nothing_left(&daemon.quit().0);
+}
+
+/// Whoever wants the server to end while it restarts is not forgotten.
+#[test]
+fn a_stop_during_a_restart_is_a_stop() {
+    let prepared = require_qemu!();
+    let mut dir = Dir::new();
+    for pause in [0, 1, 5, 20, 60] {
+        let mut daemon = Daemon::launch(&Options::pool(&prepared, 1), dir);
+        daemon.wait_ready(1);
+        daemon.signal(Signal::SIGUSR2);
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        daemon.signal(Signal::SIGTERM);
+        let status = daemon.wait();
+        assert!(status.success(), "{pause} ms: {status}{}", daemon.log());
+        assert_nothing_left(&daemon.dir.0);
+        assert!(!daemon.socket().exists(), "{pause} ms{}", daemon.log());
+        dir = daemon.forsake();
+    }
 }
 
 /// What can not be used any more is ended, whatever is wrong with it.

@@ -259,7 +259,8 @@ impl Driver {
             Event::Keep(asked) => self.confirm(asked, true),
             Event::Release(asked) => self.release(asked),
             Event::Target { target, by } => self.set_target(target, &by),
-            Event::Stop(_) => {}
+            // Only while it stops already.
+            Event::Stop(stop) => self.leaving &= stop.leave,
         }
     }
 

@@ -169,6 +169,7 @@ pub struct Pool {
     closing: AtomicBool,
     leaving: AtomicBool,
     drained: AtomicBool,
+    ending: AtomicBool,
 }
 
 /// What the driver holds of the channels.
@@ -195,6 +196,7 @@ impl Pool {
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             drained: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
         };
         (Arc::new(pool), Ends { ready: ready_in, events: events_out })
     }
@@ -275,6 +277,16 @@ impl Pool {
     /// From now on nothing is handed out here, but by the next server it will.
     pub fn leave(&self) {
         self.leaving.store(true, Ordering::SeqCst);
+    }
+
+    /// The server is to end, whatever else is under way.
+    pub fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it is.
+    pub fn ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
     }
 
     /// Whether nothing is handed out any more.

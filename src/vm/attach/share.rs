@@ -21,12 +21,15 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::after;
 use nix::errno::Errno;
-use nix::mount::{mount, umount2, MntFlags, MsFlags};
+use nix::fcntl::{open, OFlag};
+use nix::mount::{umount2, MntFlags};
+use nix::sys::stat::Mode;
 
 use super::super::Vm;
 use super::Error;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
+use crate::sys::mount::{attach, read_only};
 
 /// Pause between looks for its socket.
 const RETRY: Duration = Duration::from_millis(5);
@@ -114,21 +117,19 @@ impl Vm {
         let failed = |why: String| Error::Share { path: directory.to_path_buf(), why };
         let place = self.dir.root();
         let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // New, so that nothing leads elsewhere.
         fs::create_dir(&place).map_err(|e| failed(format!("make {}: {e}", place.display())))?;
-        let none = None::<&str>;
-        let bind = MsFlags::MS_BIND;
-        match mount(Some(directory), &place, none, bind, none) {
+        // By fds: whatever the guest makes of that name, nothing leads elsewhere; and
+        // read-only before it is there, so that whoever removes this VM removes no file.
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let spot = open(&place, flags, Mode::empty())
+            .map_err(|e| failed(format!("open {}: {e}", place.display())))?;
+        let bound = read_only(directory).and_then(|tree| attach(tree.as_fd(), spot.as_fd()));
+        match bound.map_err(|e| (Errno::from_raw(e.raw_os_error().unwrap_or(0)), e)) {
             Ok(()) => {}
-            Err(Errno::EPERM) => return Ok(None),
-            Err(e) => return Err(failed(format!("mount it on {}: {e}", place.display()))),
+            Err((Errno::EPERM | Errno::ENOSYS, _)) => return Ok(None),
+            Err((_, e)) => return Err(failed(format!("mount it on {}: {e}", place.display()))),
         }
         let undo = || umount2(&place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-        let flags = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        if let Err(e) = mount(none, &place, none, flags, none) {
-            let _ = undo();
-            return Err(failed(format!("make {} read-only: {e}", place.display())));
-        }
         // QEMU may live among other mounts, to which this one does not get through.
         let qemus = Path::new("/proc").join(self.pid().to_string()).join("root");
         let seen = qemus.join(place.strip_prefix("/").unwrap_or(&place));

@@ -26,6 +26,13 @@ impl Driver {
                 }
                 Event::Rested { ready, failed: None } | Event::Returned(ready) => self.part(ready),
                 Event::Booted { result: Ok(ready), .. } => self.part(ready),
+                Event::Confirm(asked) => self.confirm(asked, false),
+                Event::Keep(asked) => self.confirm(asked, true),
+                Event::Release(asked) => self.release(asked),
+                Event::Claim(place) => {
+                    self.pool.left_line();
+                    let _ = place.give(Answer::Closing);
+                }
                 // Dropped, and with it the VM.
                 _ => {}
             }

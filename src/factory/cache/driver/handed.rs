@@ -87,7 +87,10 @@ impl Driver {
             }
         };
         let dir = vm.dir().to_path_buf();
-        let ledger = vm.ledger().clone();
+        // Also when it could not be written.
+        let mut ledger = vm.ledger().clone();
+        ledger.state = State::Handed;
+        ledger.owner = owner.or(ledger.owner);
         let label = ledger.label.clone();
         let alive = pidfd_alive(pidfd.as_fd());
         let attendants = vm.attendants().iter().filter_map(|a| a.watch().ok()).collect();

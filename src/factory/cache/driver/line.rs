@@ -74,6 +74,7 @@ impl Driver {
             }
         }
         self.publish(ready);
+        self.retire_surplus();
     }
 
     pub(super) fn gone(&mut self, place: &Arc<Place>) {

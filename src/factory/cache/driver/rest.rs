@@ -135,6 +135,7 @@ impl Driver {
             return self.unfit(*ready, &format!("can not be paused: {why}"));
         }
         self.at_rest(ready);
+        self.retire_surplus();
     }
 
     /// It goes, as one that failed to boot: if the host is to blame, the next ones
