@@ -4,12 +4,13 @@
 //! signals ──► driver ◄── service (gRPC threads) ◄── listener (accepts, knows peers)
 //! ```
 //!
-//! Order of starting: lock, sweep, pool, listener, READY. Order of stopping:
-//! the driver first (it answers claims and destroys what was not handed out),
-//! then the socket goes, then gRPC, then the lock.
+//! Order of starting: lock, sweep (which keeps what can be kept), pool, listener,
+//! READY. Order of stopping: the driver first (it answers claims and destroys what
+//! was not handed out), then the socket goes, then gRPC, then the lock. A restart
+//! does the same, but leaves VMs, lock and socket to the program that it executes.
 //!
-//! Invariants: one server for an endpoint; when [`serve`] returns, its socket
-//! and all VMs that were not handed out are gone.
+//! Invariants: one server for an endpoint; when [`serve`] returns without an error,
+//! its socket and all VMs that were not handed out are gone.
 
 pub mod adopt;
 pub mod claim;
