@@ -116,8 +116,7 @@ fn serve(common: &Common) -> Outcome {
     let own = common.clone();
     let (endpoint, store) = (config.endpoint(), config.store());
     let again = move || {
-        let good = |c: Config| c.check_files().and_then(|()| c.check_room()).map(|()| c);
-        let config = served(&own).and_then(good);
+        let config = served(&own).and_then(|c| c.check_host().map(|()| c));
         let config = config.map_err(|e| crate::report::chain(&e))?;
         if config.endpoint() != endpoint || config.store() != store {
             let text = "vm_cache_endpoint or vm_store_path is another one: its VMs and clients \

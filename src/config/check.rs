@@ -256,11 +256,19 @@ impl Config {
         Ok(())
     }
 
+    /// Whether this host has what a server of this configuration needs.
+    ///
+    /// # Errors
+    /// As [`Config::check_files`], and when such a pool can never fit.
+    pub fn check_host(&self) -> Result<(), Error> {
+        self.check_files().and_then(|()| self.check_room())
+    }
+
     /// Whether this host can ever hold such a pool.
     ///
     /// # Errors
     /// With the sum.
-    pub fn check_room(&self) -> Result<(), Error> {
+    fn check_room(&self) -> Result<(), Error> {
         let (n, guest) = (self.pool as u64, u64::from(self.memory()));
         let huge = self.flag(QEMU, "enable_hugepages");
         // Clones share what they have not written, which is most.

@@ -32,7 +32,7 @@ pub use show::{markdown, show};
 pub const MAX_SOCKET_PATH: usize = 107;
 /// Most VMs in one pool.
 pub const MAX_POOL: u64 = 4096;
-/// Memory of a QEMU beside its guest's, MiB: what it takes at most, as measured.
+/// What is set aside for a QEMU beside its guest's memory, MiB.
 pub const QEMU_MIB: u64 = 64;
 
 /// A file and a line in it.

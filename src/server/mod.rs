@@ -109,8 +109,7 @@ impl error::Error for Error {
 /// for the next server.
 pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let program = handover::program().map_err(Error::Restart)?;
-    config.check_files().map_err(Error::Config)?;
-    config.check_room().map_err(Error::Config)?;
+    config.check_host().map_err(Error::Config)?;
     for line in &config.warnings {
         log::warn!("{line}");
     }

@@ -9,6 +9,7 @@ mod confirm;
 mod ending;
 mod handed;
 mod line;
+mod refill;
 mod rest;
 mod target;
 
@@ -25,13 +26,11 @@ use super::claim::Place;
 use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
-use super::room::{self, Room};
+use super::room::Room;
 use super::watch::Watch;
 use crate::config::Config;
 use crate::process::attendant::Role;
-use crate::report::chain;
-use crate::sys::process::{random, stand_back};
-use crate::vm::boot::BootError;
+use crate::sys::process::stand_back;
 use crate::vm::dir;
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::Vm;
@@ -217,29 +216,6 @@ impl Driver {
         View { ready, booting: self.booting.len(), waiting: self.line.len() }
     }
 
-    fn start_boots(&mut self, now: Instant) {
-        let Some(jobs) = &self.jobs else { return };
-        let wanted = self.policy.to_start(self.view(), now);
-        if wanted == 0 || self.held.is_some_and(|until| now < until) {
-            return;
-        }
-        for _ in 0..wanted {
-            let room = self.room.look(self.booting.len());
-            self.held = (!room).then(|| now + room::LOOK);
-            self.pool.board.facts().held = self.room.short().map(str::to_string);
-            if !room {
-                return;
-            }
-            let number = self.next_job;
-            if jobs.send(Job { number }).is_err() {
-                return;
-            }
-            self.next_job += 1;
-            self.policy.started();
-            self.booting.insert(number, Booting { since: now, qemu: None });
-        }
-    }
-
     fn handle(&mut self, event: Event) {
         #[cfg(feature = "faults")]
         crate::faults::point("pool");
@@ -261,56 +237,6 @@ impl Driver {
             Event::Target { target, by } => self.set_target(target, &by),
             // Only while it stops already.
             Event::Stop(stop) => self.leaving &= stop.leave,
-        }
-    }
-
-    fn started(&mut self, job: u64, pid: i32, id: String, pidfd: OwnedFd) {
-        let Some(booting) = self.booting.get_mut(&job) else { return };
-        let seen = Seen {
-            id,
-            state: State::Booting,
-            source: self.source.into(),
-            cpus: 0,
-            memory_mib: 0,
-            since: booting.since,
-            awake: false,
-            adopted: false,
-            label: String::new(),
-        };
-        let before = booting.qemu.replace((pid, pidfd));
-        let mut facts = self.pool.board.facts();
-        if let Some((template, _)) = before {
-            // It has been saved and is gone.
-            facts.vms.remove(&template);
-        }
-        facts.vms.insert(pid, seen);
-    }
-
-    fn booted(&mut self, job: u64, result: Result<Box<Ready>, Box<BootError>>) {
-        let booting = self.booting.remove(&job);
-        let since = booting.as_ref().map_or_else(Instant::now, |b| b.since);
-        match result {
-            Ok(ready) => {
-                self.ready(ready, since);
-                self.retire_surplus();
-            }
-            Err(e) => {
-                if let Some((pid, _)) = booting.and_then(|b| b.qemu) {
-                    self.forget(pid);
-                }
-                let mut byte = [0];
-                let jitter = random(&mut byte).map_or(0.5, |()| f64::from(byte[0]) / 255.0);
-                let pause = self.policy.failed(since, Instant::now(), jitter);
-                let text = chain(&*e);
-                log::error!(
-                    "boot-failed: {text}; failure {} in a row, next try in {:.1} s",
-                    self.policy.failures(),
-                    pause.as_secs_f64()
-                );
-                let mut facts = self.pool.board.facts();
-                facts.counters.boots_failed += 1;
-                facts.last_error = Some(text);
-            }
         }
     }
 
