@@ -80,6 +80,10 @@ pub mod cli;
 #[cfg(feature = "host")]
 pub mod config;
 #[cfg(feature = "host")]
+pub mod confine;
+#[cfg(feature = "host")]
+pub mod digest;
+#[cfg(feature = "host")]
 pub mod factory;
 #[cfg(feature = "faults")]
 pub mod faults;

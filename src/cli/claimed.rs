@@ -1,7 +1,8 @@
 //! Commands on VMs that were claimed on this host: list, ps, stats, pause,
 //! resume, stop.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{json, Value};
@@ -11,6 +12,7 @@ use super::output::{age, harmless, table, Failure, FAILED};
 use super::{optional_config, Outcome};
 use crate::agent::ListFormat;
 use crate::config::options::{find, Fallback, OURS};
+use crate::factory::grpccache::GrpcCache;
 use crate::report::chain;
 use crate::sys::process::{start_time, state};
 use crate::vm::ledger::{Ledger, State};
@@ -46,6 +48,11 @@ pub fn find_ledger(common: &Common, id: &str) -> Result<(PathBuf, Ledger), Failu
         .into_iter()
         .filter(|(_, l)| !id.is_empty() && l.id.starts_with(id))
         .collect();
+    // Who may not list the store knows the VM's whole id.
+    if found.is_empty() && !id.contains('/') && fs::read_dir(&store).is_err() {
+        let path = store.join(id);
+        found.extend(Ledger::read(&path).ok().map(|l| (path, l)));
+    }
     let text = match found.len() {
         0 => format!("no VM {id:?} in {}: `vmcache list` shows those there are", store.display()),
         1 => {
@@ -163,7 +170,7 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
                 match from_directory(&path, ledger).map(end) {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => {
-                        let text = format!("VM {id} is gone, but {}", chain(&e));
+                        let text = format!("VM {id} is gone, but {}", chain(&*e));
                         let e = Failure::new(FAILED, text);
                         e.report();
                         failed = Some(e);
@@ -186,7 +193,14 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
 }
 
 /// Ends a VM; what its guest wrote to disks is there before it goes.
-fn end(mut vm: Vm) -> Result<(), workload::Error> {
+fn end(mut vm: Vm) -> Result<(), Box<dyn std::error::Error>> {
+    if vm.is_servers() {
+        // The server's to end, and this user's to ask for it.
+        let server = GrpcCache::connect(Path::new(&vm.ledger().endpoint))?;
+        server.release(vm.id())?;
+        vm.let_go();
+        return Ok(());
+    }
     if !holds_disks(&vm) {
         vm.destroy();
         return Ok(());
@@ -194,7 +208,7 @@ fn end(mut vm: Vm) -> Result<(), workload::Error> {
     // It may have been paused.
     let awake = vm.resume().and_then(|()| vm.wake());
     let agent = awake.map_err(|e| workload::Error::Unwritten { text: chain(&e) })?;
-    Guest::new(vm, agent).stop(WRITING_OUT)
+    Ok(Guest::new(vm, agent).stop(WRITING_OUT)?)
 }
 
 /// `vmcache list`.

@@ -167,9 +167,15 @@ impl Config {
         }
     }
 
-    fn wrong(&self, table: &str, key: &'static str, why: impl Into<String>) -> Error {
+    /// An error about an option's value.
+    pub fn wrong(&self, table: &str, key: &'static str, why: impl Into<String>) -> Error {
         let value = show::literal(&self.value(table, key));
         Error::Value { place: self.place(table, key), key, value, why: why.into() }
+    }
+
+    /// An option as TOML writes it.
+    pub fn literal(&self, table: &str, key: &str) -> String {
+        show::literal(&self.value(table, key))
     }
 
     /// A text option.

@@ -64,7 +64,7 @@ pub const RUNTIME: &str = "runtime";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 53] = [
+pub static OPTIONS: [Opt; 63] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -197,6 +197,46 @@ pub static OPTIONS: [Opt; 53] = [
     ),
     opt(OURS, "vm_store_path", Text("/run/vc/vm"), "a directory for each VM is made here"),
     opt(OURS, "sandbox", Flag(true), "QEMU's seccomp sandbox with all its denials"),
+    opt(
+        OURS,
+        "user",
+        Text(""),
+        "who QEMU runs as: a user, or a range of numbers such as \"200000-265535\", of which each \
+         VM has one of its own; empty: the server's user",
+    ),
+    opt(
+        OURS,
+        "confine",
+        Flag(true),
+        "QEMU opens only its own VM's files (Landlock, Linux 5.13), has no capabilities and \
+         gets none",
+    ),
+    opt(
+        OURS,
+        "confine_paths",
+        List(&[]),
+        "files and directories that QEMU may open beside: for clients that add disks by path, \
+         as Kata's do",
+    ),
+    opt(
+        OURS,
+        "cgroup",
+        Text(""),
+        "where each VM has a cgroup with limits of memory, processes and CPU time, such as \
+         \"vmcache\"; empty: below the one that systemd delegates, if it does; or none",
+    ),
+    opt(OURS, "apparmor_profile", Text(""), "AppArmor's profile for QEMU, loaded already"),
+    opt(OURS, "selinux_label", Text(""), "SELinux's label for QEMU"),
+    opt(OURS, "kernel_sha256", Text(""), "what the kernel must be; empty: anything"),
+    opt(OURS, "initrd_sha256", Text(""), "what the initramfs must be; empty: anything"),
+    opt(
+        OURS,
+        "claim_users",
+        List(&[]),
+        "users who may claim VMs, beside root and the server's; with claim_groups empty, too: \
+         whoever may connect",
+    ),
+    opt(OURS, "claim_groups", List(&[]), "groups whose members may claim VMs"),
     opt(OURS, "socket_mode", Text("0600"), "permissions of the server's socket, octal"),
     opt(OURS, "socket_group", Text(""), "group of the server's socket"),
     opt(

@@ -13,6 +13,7 @@ use std::path::Path;
 use serde_derive::{Deserialize, Serialize};
 
 use super::{Process, SpawnError};
+use crate::sys::cage::Cage;
 
 /// What it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,8 +67,9 @@ impl Attendant {
         args: &[OsString],
         inherited: &[BorrowedFd<'_>],
         leased: bool,
+        cage: Cage,
     ) -> Result<Attendant, SpawnError> {
-        Ok(Attendant { role, process: Process::spawn(program, args, inherited, leased)? })
+        Ok(Attendant { role, process: Process::spawn(program, args, inherited, leased, cage)? })
     }
 
     /// Takes over one that a ledger names; `None` when it has ended.

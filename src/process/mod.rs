@@ -21,6 +21,8 @@ use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::pipe2;
 
+use crate::confine;
+use crate::sys::cage::Cage;
 use crate::sys::process::{
     own_session, parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
 };
@@ -38,12 +40,13 @@ const KILL: i32 = 9;
 #[derive(Debug)]
 pub struct SpawnError {
     path: PathBuf,
+    limits: String,
     source: io::Error,
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "start {}", self.path.display())
+        write!(f, "start {}{}", self.path.display(), self.limits)
     }
 }
 
@@ -66,7 +69,7 @@ pub struct Process {
 
 impl Process {
     /// Starts a program; it inherits the fds of `inherited` and no others. With `leased`, the
-    /// kernel kills it when the calling thread ends.
+    /// kernel kills it when the calling thread ends. It is left with what `cage` says.
     ///
     /// # Errors
     /// When the executable can not be started.
@@ -76,8 +79,14 @@ impl Process {
         args: &[OsString],
         inherited: &[BorrowedFd<'_>],
         leased: bool,
+        cage: Cage,
     ) -> Result<Process, SpawnError> {
-        let failed = |source: io::Error| SpawnError { path: program.to_path_buf(), source };
+        let limits = confine::described(&cage);
+        let failed = |source: io::Error| SpawnError {
+            path: program.to_path_buf(),
+            limits: limits.clone(),
+            source,
+        };
         let (output, theirs) =
             pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
         // Our reading end may block; theirs must not, or a full pipe stops the VM.
@@ -88,7 +97,7 @@ impl Process {
         // It has the reading end, too: when this process is gone, what it writes goes
         // nowhere, and does not end it.
         let kept: Vec<_> = inherited.iter().copied().chain([output.as_fd()]).collect();
-        own_session(&mut command, &kept, leased);
+        own_session(&mut command, &kept, leased, cage);
         let mut child = command.spawn().map_err(failed)?;
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -159,10 +168,19 @@ impl Process {
         self.let_go = true;
     }
 
-    /// Kills it and waits until it is gone; harmless when it is already.
+    /// Whether this user may not signal it.
+    pub fn is_anothers(&self) -> bool {
+        let refused = pidfd_kill(self.pidfd.as_fd(), 0).err().and_then(|e| e.raw_os_error());
+        refused == Some(nix::errno::Errno::EPERM as i32)
+    }
+
+    /// Kills it and waits until it is gone; harmless when it is already. Another user's
+    /// is left to that user's server.
     pub fn kill(&self) {
-        let _ = pidfd_kill(self.pidfd.as_fd(), KILL);
-        self.wait(KILL_WAIT);
+        let killed = pidfd_kill(self.pidfd.as_fd(), KILL);
+        if !killed.is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
+            self.wait(KILL_WAIT);
+        }
     }
 
     /// Waits for its end; false when it still runs after `within`.

@@ -21,9 +21,6 @@ use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
 use crate::proto::cache::GrpcVM;
 use crate::vm::ledger::Owner;
 
-/// Claims that may wait at once.
-const MAX_WAITING: usize = 4096;
-
 /// A claim: who asks, and where the answer goes. The one must outlive the other:
 /// dropped, a stream of requests cancels its call.
 pub struct Call<Q, R> {
@@ -58,11 +55,10 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
             None if pool.closing() => {
                 self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
             }
-            None if pool.waiting() >= MAX_WAITING => {
-                let text = format!("{MAX_WAITING} claims wait already");
-                self.refuse(RpcStatusCode::RESOURCE_EXHAUSTED, &text).await;
-            }
-            None => self.wait(&pool.stand_in_line(), claimer, &pool).await,
+            None => match pool.stand_in_line(claimer.owner.uid) {
+                Ok(place) => self.wait(&place, claimer, &pool).await,
+                Err(full) => self.refuse(RpcStatusCode::RESOURCE_EXHAUSTED, &full).await,
+            },
         }
     }
 
@@ -103,6 +99,14 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
             };
             self.refuse(RpcStatusCode::INTERNAL, &text).await;
             return pool.tell(event);
+        }
+        let uid = claimer.owner.uid;
+        let own = uid == 0 || uid == nix::unistd::geteuid().as_raw();
+        if let Err(e) = if own { Ok(()) } else { ready.vm.hand_to(uid) } {
+            let text = format!("hand VM {} to uid {uid}: {e}", ready.vm.id());
+            log::error!("claim-refused: {text}");
+            self.refuse(RpcStatusCode::INTERNAL, &text).await;
+            return pool.tell(Event::Undelivered { vm: Box::new(ready.vm), why: text });
         }
         let Call { client, sink, answer } = self;
         let Ready { vm, message, .. } = *ready;

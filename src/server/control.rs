@@ -12,7 +12,7 @@ use grpcio::{
 
 use super::claim::Call;
 use super::peers::{Peer, Peers};
-use super::service::{fail, master, method, succeed};
+use super::service::{claimer, fail, master, method, succeed};
 use super::Again;
 use crate::config::{Config, MAX_POOL};
 use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, GRACE};
@@ -94,9 +94,12 @@ fn answer(vm: GrpcVM) -> ClaimReply {
 
 impl Own {
     fn claim(&self, ctx: &RpcContext<'_>, mut call: Call<ClaimRequest, ClaimReply>) {
-        let Some(Peer { pid, start_time, uid }) = self.peers.find(&ctx.peer()) else {
-            let code = RpcStatusCode::PERMISSION_DENIED;
-            return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
+        let Peer { pid, start_time, uid, .. } = match claimer(ctx, &self.peers) {
+            Ok(peer) => peer,
+            Err(why) => {
+                let code = RpcStatusCode::PERMISSION_DENIED;
+                return ctx.spawn(async move { call.refuse(code, &why).await });
+            }
         };
         let (pool, base) = (Arc::clone(&self.pool), Arc::clone(&self.base));
         ctx.spawn(async move {
@@ -122,7 +125,7 @@ impl Own {
             return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
         };
         let (reply, answer) = oneshot::channel();
-        let Peer { pid, start_time, uid } = by;
+        let Peer { pid, start_time, uid, .. } = by;
         let by = Owner { pid, start_time, uid, lease: false, unconfirmed: false };
         self.pool.tell(event(Asked { id: vm.id, by, reply }));
         let pool = Arc::clone(&self.pool);

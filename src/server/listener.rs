@@ -11,7 +11,7 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
+use super::admission::Admission;
 use super::peers::{Peer, Peers};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
 use crate::sys::process::{start_time, state};
@@ -262,6 +263,7 @@ pub fn accept(
     listener: UnixListener,
     mut server: Server,
     peers: Peers,
+    admission: Admission,
 ) -> Result<Accepting, Error> {
     server.start();
     let failed = |source| Error::Io { during: "watch", path: PathBuf::new(), source };
@@ -278,7 +280,7 @@ pub fn accept(
             return (server, listener);
         }
         match listener.accept() {
-            Ok((stream, _)) => admit(stream, &mut server, &peers),
+            Ok((stream, _)) => admit(stream, &mut server, &peers, &admission),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => {
@@ -296,10 +298,10 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
+fn admit(stream: UnixStream, server: &mut Server, peers: &Peers, admission: &Admission) {
     #[cfg(feature = "faults")]
     crate::faults::point("accept");
-    let (pid, uid, _gid) = match peer_credentials(&stream) {
+    let (pid, uid, groups) = match peer_credentials(&stream) {
         Ok(found) => found,
         Err(e) => {
             log::warn!("refused a connection whose peer can not be told: {e}");
@@ -309,8 +311,9 @@ fn admit(stream: UnixStream, server: &mut Server, peers: &Peers) {
     };
     let stream = renumbered(stream);
     // Known before gRPC can name it.
-    let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid };
-    if !peers.admit(stream.as_raw_fd(), peer) {
+    let may_claim = admission.allows(uid, &groups);
+    let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid, may_claim };
+    if !peers.admit(&stream, peer) {
         let _ = stream.shutdown(Shutdown::Both);
         return;
     }

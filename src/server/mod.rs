@@ -12,6 +12,7 @@
 //! Invariants: one server for an endpoint; when [`serve`] returns without an error,
 //! its socket and all VMs that were not handed out are gone.
 
+pub mod admission;
 pub mod adopt;
 pub mod claim;
 pub mod control;
@@ -32,12 +33,15 @@ use std::time::Duration;
 
 use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 
+use crate::config::options::OURS;
 use crate::config::{self, Config};
+use crate::confine::{self, capabilities, cgroup};
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop};
 use crate::process::reap_all;
 use crate::sys::process::raise_file_limit;
 use crate::worker::{self, Worker};
+use admission::Admission;
 use handover::Inherited;
 use listener::Lock;
 use peers::Peers;
@@ -110,12 +114,21 @@ impl error::Error for Error {
 pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let program = handover::program().map_err(Error::Restart)?;
     config.check_host().map_err(Error::Config)?;
+    let admission =
+        Admission::of(&config).map_err(|(key, why)| Error::Config(config.wrong(OURS, key, why)))?;
     for line in &config.warnings {
         log::warn!("{line}");
     }
     panics::end_the_process();
     if let Err(e) = raise_file_limit() {
         log::warn!("raise the limit of open files: {e}");
+    }
+    if let Err(e) = capabilities::keep_the_servers() {
+        log::warn!("drop what capabilities a server does not need: {e}");
+    }
+    cgroup::settle_server();
+    if config.flag(OURS, "confine") && !confine::files::possible() {
+        log::warn!("this kernel has no Landlock: QEMU may open what its user may");
     }
     // Before any thread, so that all of them leave the signals to one.
     let signals = signals::block().map_err(|e| Error::Rpc(e.to_string()))?;
@@ -154,7 +167,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
     let accepting = inherited
         .map_or_else(|| lock.listen(&config), |socket| lock.permit(&config).map(|()| socket))
-        .and_then(|socket| listener::accept(socket, server, peers))
+        .and_then(|socket| listener::accept(socket, server, peers, admission))
         .map_err(Error::Listen)?;
     signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;

@@ -129,14 +129,32 @@ fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &
     });
 }
 
+/// Who asks, when that may claim.
+///
+/// # Errors
+/// What it is told.
+pub fn claimer(ctx: &RpcContext<'_>, peers: &Peers) -> Result<Peer, String> {
+    match peers.find(&ctx.peer()) {
+        Some(peer) if peer.may_claim => Ok(peer),
+        Some(Peer { pid, uid, .. }) => {
+            log::warn!("claim-refused: pid {pid} of uid {uid} is not among who may claim");
+            Err(format!("uid {uid} may not claim VMs: see claim_users, claim_groups, and user"))
+        }
+        None => Err("the caller is not known".to_string()),
+    }
+}
+
 /// GetBaseVM.
 fn claim(ctx: &RpcContext<'_>, call: Call<Empty, GrpcVM>, pool: &Arc<Pool>, peers: &Peers) {
-    let Some(peer) = peers.find(&ctx.peer()) else {
-        let code = RpcStatusCode::PERMISSION_DENIED;
-        return ctx.spawn(async move { call.refuse(code, "the caller is not known").await });
+    let peer = match claimer(ctx, peers) {
+        Ok(peer) => peer,
+        Err(why) => {
+            let code = RpcStatusCode::PERMISSION_DENIED;
+            return ctx.spawn(async move { call.refuse(code, &why).await });
+        }
     };
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
-    let Peer { pid, start_time, uid } = peer;
+    let Peer { pid, start_time, uid, .. } = peer;
     let owner = Owner { pid, start_time, uid, lease, unconfirmed: false };
     ctx.spawn(call.serve(owner, String::new(), Arc::clone(pool)));
 }

@@ -45,7 +45,7 @@ pub struct Kept {
 /// When the store can not be made or written.
 pub fn sweep(config: &Config) -> io::Result<Kept> {
     let (store, endpoint) = (&config.store(), config.endpoint());
-    DirBuilder::new().recursive(true).mode(0o700).create(store)?;
+    DirBuilder::new().recursive(true).mode(0o711).create(store)?;
     nix::unistd::access(store, nix::unistd::AccessFlags::W_OK)?;
     let own = endpoint.display().to_string();
     let shape = shape(config);

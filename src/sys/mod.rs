@@ -4,6 +4,8 @@
 //! Invariants: every `unsafe` block has its SAFETY line; nothing here decides
 //! anything; errors are `std::io::Error`, for the caller to put into words.
 
+#[cfg(feature = "host")]
+pub mod cage;
 #[cfg(feature = "guest")]
 pub mod guest;
 #[cfg(feature = "host")]

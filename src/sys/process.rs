@@ -180,9 +180,14 @@ pub fn keep_on_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// Gives a child a session of its own and no fd of ours but 0 to 2 and those of
 /// `keep`, under their own numbers;
 /// with `leased`, it is killed when the thread that starts it ends. It blocks no
-/// signal, whatever the thread that starts it blocks.
+/// signal, whatever the thread that starts it blocks. It goes into a cage.
 #[cfg(feature = "host")]
-pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>], leased: bool) {
+pub fn own_session(
+    command: &mut std::process::Command,
+    keep: &[BorrowedFd<'_>],
+    leased: bool,
+    cage: super::cage::Cage,
+) {
     use std::os::unix::process::CommandExt;
     let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let parent = nix::unistd::getpid();
@@ -198,6 +203,8 @@ pub fn own_session(command: &mut std::process::Command, keep: &[BorrowedFd<'_>],
                 nix::sys::resource::setrlimit(which, most, most)?;
             }
             nix::sys::signal::SigSet::empty().thread_set_mask()?;
+            // Before the next: another user's death is nobody's to be told of.
+            cage.enter()?;
             if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());
             }

@@ -53,17 +53,31 @@ pub fn channel_over(
     Ok(unsafe { builder.connect_from_fd(target, fd) })
 }
 
-/// Pid, uid and gid of the process that connected a Unix socket.
+/// Most groups of a peer that are looked at.
+const MAX_GROUPS: usize = 256;
+
+/// Pid, uid and groups of the process that connected a Unix socket.
 ///
 /// # Errors
 /// As getsockopt(2).
-pub fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32, u32)> {
+pub fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32, Vec<u32>)> {
     let cred =
         nix::sys::socket::getsockopt(&stream.as_fd(), nix::sys::socket::sockopt::PeerCredentials)?;
-    Ok((cred.pid(), cred.uid(), cred.gid()))
-}
-
-/// The number of an fd, to find a connection by what gRPC calls it.
-pub fn number(stream: &UnixStream) -> i32 {
-    stream.as_raw_fd()
+    let mut groups = vec![0; MAX_GROUPS];
+    let mut size = std::mem::size_of_val(&groups[..]) as libc::socklen_t;
+    // SAFETY: pointer and size describe `groups`, which outlives the call; the kernel
+    // writes at most so much and says how much.
+    let rc = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut size,
+        )
+    };
+    // Who is in too many groups to tell is in its first one only.
+    groups.truncate(if rc == 0 { size as usize / std::mem::size_of::<u32>() } else { 0 });
+    groups.push(cred.gid());
+    Ok((cred.pid(), cred.uid(), groups))
 }

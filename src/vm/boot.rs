@@ -22,10 +22,11 @@ use super::birth::{Birth, Watch};
 use super::dir::VmDir;
 use super::ledger::{Ledger, Owner, State};
 use super::Vm;
-use super::{identity, shape};
+use super::{identity, private, shape};
 use crate::agent::Agent;
 use crate::config::options::QEMU;
 use crate::config::Config;
+use crate::confine::Confinement;
 use crate::host;
 use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 use crate::hypervisor::qemu::balloon;
@@ -196,6 +197,8 @@ impl Spawned {
         };
         watch(Birth::Begins);
         let dir = VmDir::create(&config.store(), &id).map_err(directory)?;
+        let confinement = Confinement::of(config, &id, dir.path())
+            .map_err(|e| early(&id, Phase::Confinement, e.into()))?;
         if config.shares_9p() || config.shares_virtiofs() {
             dir.share().map_err(directory)?;
         }
@@ -232,7 +235,7 @@ impl Spawned {
         ledger.cid = vsock.as_ref().map(|(cid, _)| *cid);
         ledger.agent_url = agent.agent_url();
         ledger.write(dir.path()).map_err(directory)?;
-        let attendants = attend::before_qemu(config, &channels, dir.path(), leased, clock.left());
+        let attendants = attend::before_qemu(config, &channels, &confinement, leased, clock.left());
         let attendants = attendants.map_err(|e| early(&id, Phase::Attendant, e))?;
         ledger.attendants = attendants.iter().map(Attendant::record).collect();
         if !attendants.is_empty() {
@@ -267,12 +270,20 @@ impl Spawned {
                 inherited.extend(o.head.into_iter().chain([o.memory]).map(File::as_fd))
             }
         }
-        let process = Process::spawn(&config.qemu(), &args, &inherited, leased)
+        let cage = match base {
+            Base::None => confinement.qemu(None),
+            Base::Template(file) => {
+                confinement.own(file).and_then(|()| confinement.qemu(Some(file)))
+            }
+            Base::Clone(o) => confinement.qemu(Some(o.memory)),
+        };
+        let cage = cage.map_err(|e| early(&id, Phase::Confinement, e.into()))?;
+        let process = Process::spawn(&config.qemu(), &args, &inherited, leased, cage)
             .map_err(|e| early(&id, Phase::Spawn, e.into()))?;
         (ledger.pid, ledger.start_time) = (process.pid(), process.start_time());
-        let written = ledger
-            .write(dir.path())
-            .and_then(|()| std::fs::write(dir.path().join("pid"), format!("{}\n", process.pid())));
+        let written = ledger.write(dir.path()).and_then(|()| {
+            private::replace(dir.path(), "pid", format!("{}\n", process.pid()).as_bytes())
+        });
         let spawned = Spawned { process, attendants, dir, ledger, clock, agent };
         let Spawned { ledger, dir, process, .. } = &spawned;
         watch(Birth::Runs { id: &ledger.id, dir: dir.path(), qemu: process });

@@ -6,11 +6,14 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{lchown, DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use nix::mount::{umount2, MntFlags};
+use nix::unistd::geteuid;
+
+use crate::confine::cgroup;
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
@@ -34,7 +37,8 @@ impl VmDir {
     /// # Errors
     /// As mkdir(2).
     pub fn create(store: &Path, id: &str) -> io::Result<VmDir> {
-        DirBuilder::new().recursive(true).mode(0o700).create(store)?;
+        // Its VMs' users pass through it.
+        DirBuilder::new().recursive(true).mode(0o711).create(store)?;
         let path = store.join(id);
         DirBuilder::new().mode(0o700).create(&path)?;
         Ok(VmDir { path, more: None, let_go: false })
@@ -77,6 +81,22 @@ impl VmDir {
     /// that QEMU itself shares with it; goes with the VM.
     pub fn root(&self) -> PathBuf {
         self.path.join(SHARED).join(ROOT)
+    }
+
+    /// Gives directory and sockets, and the locks beside them, to the user who claims the
+    /// VM; what the server wrote there stays the server's.
+    ///
+    /// # Errors
+    /// As lchown(2).
+    pub fn hand_to(&self, uid: u32) -> io::Result<()> {
+        for entry in fs::read_dir(&self.path)?.flatten() {
+            let meta = entry.metadata()?;
+            let lock = entry.path().extension().is_some_and(|e| e == "lock") && meta.nlink() == 1;
+            if meta.file_type().is_socket() || meta.is_file() && lock {
+                lchown(entry.path(), Some(uid), None)?;
+            }
+        }
+        lchown(&self.path, Some(uid), None)
     }
 
     /// Gives ownership up: the directory stays when this is dropped.
@@ -159,6 +179,11 @@ impl Drop for VmDir {
             );
             return remember(&self.path);
         }
+        // Of a QEMU that is still ending: tried again.
+        if let Err(e) = cgroup::remove(&self.path) {
+            log::warn!("remove the cgroup of the VM directory {}: {e}", self.path.display());
+            return remember(&self.path);
+        }
         // Who is just connecting to the agent may add a port's lock meanwhile.
         let mut removed = fs::remove_dir_all(&self.path);
         for _ in 0..MORE_TRIES {
@@ -171,6 +196,9 @@ impl Drop for VmDir {
         }
         let more = self.more.as_ref().map_or(Ok(()), fs::remove_dir_all);
         if let Err(e) = removed.and(more).or_else(gone) {
+            if e.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() {
+                return log::debug!("the server removes {}", self.path.display());
+            }
             log::warn!("remove the VM directory {}: {e}", self.path.display());
             remember(&self.path);
         }

@@ -11,11 +11,13 @@
 //! not at all; after a crash of the host there are no VMs.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
 
+use super::private::{self, Writer};
 use crate::agent::Kind;
 use crate::process::attendant::{Attendant, Record};
 use crate::sys::process::start_time;
@@ -31,6 +33,8 @@ const SIZE: &str = "size";
 const SERVED: &str = "served";
 /// Largest of those notes, in bytes.
 const MAX_SERVED: u64 = 4096;
+const MAX_SIZE: u64 = 64;
+const MAX_NOTE: u64 = 256;
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -150,9 +154,7 @@ impl Ledger {
     /// As the file system's.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
-        let temporary = dir.join("vm.json.new");
-        fs::write(&temporary, bytes)?;
-        fs::rename(&temporary, dir.join(FILE))
+        private::replace(dir, FILE, &bytes)
     }
 
     /// Records that the VM is larger now.
@@ -160,9 +162,7 @@ impl Ledger {
     /// # Errors
     /// As the file system's; the old size then stands.
     pub fn resize(&mut self, dir: &Path, cpus: u32, memory_mib: u32) -> io::Result<()> {
-        let temporary = dir.join("size.new");
-        fs::write(&temporary, format!("{cpus} {memory_mib}\n"))?;
-        fs::rename(&temporary, dir.join(SIZE))?;
+        private::replace(dir, SIZE, format!("{cpus} {memory_mib}\n").as_bytes())?;
         (self.cpus, self.memory_mib) = (cpus, memory_mib);
         Ok(())
     }
@@ -172,8 +172,7 @@ impl Ledger {
     /// # Errors
     /// When there is no ledger, or it is damaged.
     pub fn read(dir: &Path) -> io::Result<Ledger> {
-        let mut bytes = Vec::new();
-        fs::File::open(dir.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
+        let (bytes, _) = private::read(dir, FILE, MAX_FILE, Writer::Server)?;
         let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
         ledger.attendants.extend(read_served(dir));
         if let Some((cpus, memory)) = read_size(dir) {
@@ -197,9 +196,7 @@ impl Ledger {
     pub fn serve(&mut self, dir: &Path, record: Record) -> io::Result<()> {
         let mut all = read_served(dir);
         all.push(record);
-        let temporary = dir.join("served.new");
-        fs::write(&temporary, serde_json::to_vec(&all).map_err(io::Error::other)?)?;
-        fs::rename(&temporary, dir.join(SERVED))?;
+        private::replace(dir, SERVED, &serde_json::to_vec(&all).map_err(io::Error::other)?)?;
         self.attendants.push(record);
         Ok(())
     }
@@ -221,18 +218,19 @@ impl Ledger {
 }
 
 fn read_served(dir: &Path) -> Vec<Record> {
-    let mut bytes = Vec::new();
-    let read =
-        fs::File::open(dir.join(SERVED)).and_then(|f| f.take(MAX_SERVED).read_to_end(&mut bytes));
-    match read {
-        Ok(_) => serde_json::from_slice(&bytes).unwrap_or_default(),
-        Err(_) => Vec::new(),
-    }
+    let Ok((bytes, uid)) = private::read(dir, SERVED, MAX_SERVED, Writer::Claimer) else {
+        return Vec::new();
+    };
+    let mut all: Vec<Record> = serde_json::from_slice(&bytes).unwrap_or_default();
+    // Nobody has others' processes ended by naming them here.
+    let owner = |pid: i32| fs::metadata(format!("/proc/{pid}")).ok().map(|m| m.uid());
+    all.retain(|r| uid == 0 || owner(r.pid) == Some(uid));
+    all
 }
 
 fn read_size(dir: &Path) -> Option<(u32, u32)> {
-    let mut text = String::new();
-    fs::File::open(dir.join(SIZE)).ok()?.take(64).read_to_string(&mut text).ok()?;
+    let (bytes, _) = private::read(dir, SIZE, MAX_SIZE, Writer::Claimer).ok()?;
+    let text = String::from_utf8(bytes).ok()?;
     let (cpus, memory) = text.trim_end().split_once(' ')?;
     Some((cpus.parse().ok()?, memory.parse().ok()?))
 }
@@ -247,7 +245,7 @@ impl ClaimNote {
     /// # Errors
     /// As the file system's.
     pub fn open(dir: &Path) -> io::Result<ClaimNote> {
-        fs::File::create(dir.join(NOTE)).map(ClaimNote)
+        private::create(dir, NOTE).map(ClaimNote)
     }
 
     /// Writes the owner.
@@ -272,8 +270,8 @@ impl ClaimNote {
 
     /// The owner that stands in a VM's directory; `None` when there is none.
     fn read(dir: &Path) -> Option<Owner> {
-        let mut text = String::new();
-        fs::File::open(dir.join(NOTE)).ok()?.take(256).read_to_string(&mut text).ok()?;
+        let (bytes, _) = private::read(dir, NOTE, MAX_NOTE, Writer::Server).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
         let mut words = text.strip_suffix('\n')?.split(' ');
         let (pid, start_time) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
         let (uid, flags) = (words.next()?.parse().ok()?, words.next()?.parse::<u8>().ok()?);

@@ -18,6 +18,7 @@ mod console;
 pub mod dir;
 pub mod identity;
 pub mod ledger;
+pub mod private;
 pub mod resize;
 pub mod shape;
 pub mod wire;
@@ -296,6 +297,19 @@ impl Vm {
 
     /// Kills QEMU and removes the directory; the same as dropping it.
     pub fn destroy(self) {}
+
+    /// Lets the user who claims it use it.
+    ///
+    /// # Errors
+    /// As lchown(2); it must then be destroyed.
+    pub fn hand_to(&self, uid: u32) -> std::io::Result<()> {
+        self.dir.hand_to(uid)
+    }
+
+    /// Whether only its server can end it: its processes are not this user's.
+    pub fn is_servers(&self) -> bool {
+        self.process.is_anothers()
+    }
 
     /// Gives ownership up: VM and directory stay, for whoever owns them now.
     pub fn let_go(self) {

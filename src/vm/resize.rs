@@ -13,6 +13,7 @@ use std::fmt;
 use super::config::VmConfig;
 use super::{Error, Vm};
 use crate::agent::{self, Agent};
+use crate::confine::cgroup;
 use crate::host;
 use crate::hypervisor::qemu::hotplug;
 use crate::hypervisor::qemu::qmp::{Qmp, QUICK};
@@ -126,6 +127,8 @@ impl Vm {
             }
             Ok(())
         };
+        cgroup::limit_memory(self.dir.path(), Some(self.memory_mib() + more_memory))
+            .map_err(|source| Error::Record { id: self.id().into(), source })?;
         Qmp::connect(&self.dir.monitor(), QUICK)
             .map_err(hotplug::Error::Monitor)
             .and_then(|mut qmp| add(&mut qmp))

@@ -15,6 +15,8 @@ use crate::agent;
 use crate::agent::seat::{Seat, Way};
 use crate::config::options::QEMU;
 use crate::config::{Config, Transport};
+use crate::confine;
+use crate::digest::hexadecimal;
 use crate::hypervisor::qemu::argv::{argv, Memory, Names};
 
 /// Which file it is: device, inode, time of change.
@@ -78,5 +80,6 @@ pub fn shape(config: &Config) -> String {
         hash.update([0]);
     }
     hash.update(format!("{:?}", stamps(config)).as_bytes());
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    hash.update(confine::shape(config).as_bytes());
+    hexadecimal(hash)
 }

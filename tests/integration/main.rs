@@ -19,6 +19,7 @@
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
 //! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
+//! | `confinement` | what QEMU can not do, and who may have a VM |
 //! | `memory`    | hosts that run out of it |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
@@ -35,6 +36,7 @@
 
 mod attach;
 mod claimed;
+mod confinement;
 mod conformance;
 mod control;
 mod daemon;

@@ -6,6 +6,7 @@ use std::path::Path;
 use vmcache::config::Config;
 use vmcache::factory::{direct, Wanted};
 use vmcache::process::attendant::{Attendant, Role};
+use vmcache::sys::cage::Cage;
 
 use crate::conformance::{assert_walked, walk};
 use crate::daemon::{assert_nothing_left, wait_for, Dir, Options, LONG};
@@ -36,7 +37,8 @@ fn a_vsock_device_of_somebody_elses() {
     let program = prepared.join("bin/vhost-device-vsock");
     let args = ["--guest-cid", "3", "--socket", qemus.to_str().unwrap(), "--uds-path"];
     let args = args.into_iter().chain(hosts.to_str()).map(Into::into).collect::<Vec<_>>();
-    let device = Attendant::start(Role::Vsock, &program, &args, &[], true).unwrap();
+    let device =
+        Attendant::start(Role::Vsock, &program, &args, &[], true, Cage::default()).unwrap();
     wait_for("the device's socket", || qemus.exists());
     let mut options = Options::pool(&prepared, 1);
     options.more_ours.push_str(&format!(

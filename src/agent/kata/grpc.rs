@@ -29,6 +29,7 @@ use crate::proto::agent::*;
 use crate::proto::health::CheckRequest;
 use crate::proto::oci::{LinuxResources, Process};
 use crate::proto::types::{Interface, Route};
+use crate::sys::cage::Cage;
 
 /// An agent of 1.x.
 pub struct Kata1Agent {
@@ -122,7 +123,14 @@ impl Agent for Kata1Agent {
             args.extend(["-log".into(), "debug".into(), "-agent-logs-socket".into(), console]);
         }
         let args: Vec<_> = args.into_iter().map(Into::into).collect();
-        let started = Attendant::start(Role::Proxy, &command.program, &args, &[], command.leased);
+        let started = Attendant::start(
+            Role::Proxy,
+            &command.program,
+            &args,
+            &[],
+            command.leased,
+            Cage::default(),
+        );
         started.map(Some).map_err(|e| Error::Host {
             during: "start the proxy to the agent",
             source: std::io::Error::other(e),

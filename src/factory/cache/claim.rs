@@ -38,16 +38,17 @@ enum State {
 
 /// One claim's place.
 pub struct Place {
+    /// The user who claims.
+    pub uid: u32,
     state: Mutex<State>,
 }
 
-impl Default for Place {
-    fn default() -> Place {
-        Place { state: Mutex::new(State::Waiting(None)) }
-    }
-}
-
 impl Place {
+    /// A place of this user's.
+    pub fn of(uid: u32) -> Place {
+        Place { uid, state: Mutex::new(State::Waiting(None)) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -113,18 +114,18 @@ mod tests {
     #[test]
     fn an_answer_is_given_once_and_never_to_one_who_left() {
         let cx = Context::from_waker(Waker::noop());
-        let place = Place::default();
+        let place = Place::of(0);
         assert!(place.poll(&cx).is_pending());
         assert!(place.give(Answer::Closing).is_ok());
         assert!(place.give(Answer::Closing).is_err());
         assert!(matches!(place.poll(&cx), Poll::Ready(Answer::Closing)));
         assert!(place.poll(&cx).is_pending());
 
-        let left = Place::default();
+        let left = Place::of(0);
         assert!(left.leave().is_none());
         assert!(left.give(Answer::Closing).is_err());
 
-        let late = Place::default();
+        let late = Place::of(0);
         assert!(late.give(Answer::Closing).is_ok());
         assert!(late.leave().is_some(), "what was given comes back");
     }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
 
 use super::board::Seen;
-use super::claim::Place;
+use super::line::Line;
 use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
@@ -91,7 +91,7 @@ pub struct Driver {
     watch: Watch,
     watched: HashMap<u64, Watched>,
     tokens: HashMap<i32, u64>,
-    line: VecDeque<Arc<Place>>,
+    line: Line,
     booting: HashMap<u64, Booting>,
     handed: HashMap<i32, Handed>,
     /// When VMs have to be confirmed, by QEMU's pid; the earliest first.
@@ -148,7 +148,7 @@ impl Driver {
             watch,
             watched: HashMap::new(),
             tokens: HashMap::new(),
-            line: VecDeque::new(),
+            line: Line::default(),
             booting: HashMap::new(),
             handed: HashMap::new(),
             graces: VecDeque::new(),

@@ -5,8 +5,9 @@
 //! that a newcomer never overtakes them; `in_hands` counts VMs between the
 //! channel and the driver's knowing what became of them.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crossbeam_channel::{bounded, Receiver, Sender};
@@ -23,6 +24,11 @@ use crate::vm::Vm;
 /// Events that may lie before the driver: each of its sources (handlers,
 /// workers, the watch) waits when it is behind by so many.
 const EVENTS: usize = 1024;
+
+/// Claims that may wait at once; and those of one user but root.
+pub const MAX_WAITING: usize = 4096;
+/// See [`MAX_WAITING`].
+pub const MAX_WAITING_OF_USER: usize = 1024;
 
 /// Told to claims when the server ends.
 pub const STOPPING: &str = "the server is stopping";
@@ -165,6 +171,8 @@ pub struct Pool {
     /// Facts for status.
     pub board: Board,
     waiting: AtomicUsize,
+    /// Likewise, by user.
+    waiting_of: Mutex<HashMap<u32, usize>>,
     in_hands: AtomicUsize,
     closing: AtomicBool,
     leaving: AtomicBool,
@@ -192,6 +200,7 @@ impl Pool {
             events,
             board: Board::default(),
             waiting: AtomicUsize::new(0),
+            waiting_of: Mutex::default(),
             in_hands: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -246,16 +255,41 @@ impl Pool {
         self.waiting.load(Ordering::SeqCst)
     }
 
-    /// Stands in line.
-    pub fn stand_in_line(&self) -> Arc<Place> {
-        let place = Arc::new(Place::default());
-        self.waiting.fetch_add(1, Ordering::SeqCst);
+    fn waiting_of(&self) -> MutexGuard<'_, HashMap<u32, usize>> {
+        self.waiting_of.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Stands in line, a claim of this user's.
+    ///
+    /// # Errors
+    /// A sentence, when too many wait already.
+    pub fn stand_in_line(&self, uid: u32) -> Result<Arc<Place>, String> {
+        {
+            let mut waiting = self.waiting_of();
+            if self.waiting() >= MAX_WAITING {
+                return Err(format!("{MAX_WAITING} claims wait already"));
+            }
+            let own = waiting.entry(uid).or_default();
+            if uid != 0 && *own >= MAX_WAITING_OF_USER {
+                return Err(format!("{MAX_WAITING_OF_USER} claims of uid {uid} wait already"));
+            }
+            *own += 1;
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+        }
+        let place = Arc::new(Place::of(uid));
         self.tell(Event::Claim(Arc::clone(&place)));
-        place
+        Ok(place)
     }
 
     /// The driver has dealt with a claim in line.
-    pub fn left_line(&self) {
+    pub fn left_line(&self, place: &Place) {
+        let mut waiting = self.waiting_of();
+        if let Some(own) = waiting.get_mut(&place.uid) {
+            *own -= 1;
+            if *own == 0 {
+                waiting.remove(&place.uid);
+            }
+        }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 

@@ -8,19 +8,22 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{fchown, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{AtFlags, OFlag, AT_FDCWD};
-use nix::unistd::linkat;
+use nix::unistd::{geteuid, linkat};
 
 use super::manifest::{self, Manifest, Parts};
+use super::memory;
 use super::path;
 use super::place::Place;
 use crate::agent::Agent;
+use crate::config::options::OURS;
 use crate::config::Config;
+use crate::digest::sha256;
 use crate::hypervisor::qemu::bzimage;
 use crate::report::chain;
 use crate::vm::birth::Watch;
@@ -173,12 +176,23 @@ fn reuse(
         OpenOptions::new().read(true).write(true).open(&path).map_err(on(&path))
     };
     let (memory, state) = (open(MEMORY)?, open(STATE)?);
-    if !complete(place.path(), &manifest)
-        || manifest::digest(reopened(&state)?)? != manifest.state_sha256
-    {
-        return Err(io::Error::other("its files are not what its manifest says"));
+    let wrong = || Err(io::Error::other("its files are not what its manifest says"));
+    if !complete(place.path(), &manifest) || sha256(reopened(&state)?)? != manifest.state_sha256 {
+        return wrong();
+    }
+    let (memory, digest) = clonable(config, memory)?;
+    if digest != manifest.memory_sha256 {
+        return wrong();
     }
     image(config, memory, state, stamp, parts.clone(), sources.to_vec())
+}
+
+/// Memory as clones open it, and its digest.
+fn clonable(config: &Config, file: File) -> io::Result<(File, String)> {
+    match config.text(OURS, "user") {
+        "" => memory::digest(&file).map(|digest| (file, digest)),
+        _ => memory::sealed(&file),
+    }
 }
 
 fn image(
@@ -222,21 +236,25 @@ fn make(
     };
     let qemu_version = boot_template(config, &memory, &state, &warm, watch)?;
     let finish = || {
+        // It was the user's whose QEMU has filled it.
+        fchown(&memory, Some(geteuid().as_raw()), None)?;
         name(&memory, &place.path().join(MEMORY))?;
         name(&state, &place.path().join(STATE))?;
+        let (memory, memory_sha256) = clonable(config, memory)?;
         let manifest = Manifest {
             parts: parts.clone(),
             qemu_version,
             memory_mib: config.memory(),
             state_bytes: state.metadata()?.len(),
-            state_sha256: manifest::digest(reopened(&state)?)?,
+            state_sha256: sha256(reopened(&state)?)?,
+            memory_sha256,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         };
         manifest.write(place.path())?;
-        Manifest::read(place.path()).map(|(_, stamp)| stamp)
+        let (_, stamp) = Manifest::read(place.path())?;
+        image(config, memory, state, stamp, parts, sources)
     };
-    let stamp = finish().map_err(none)?;
-    image(config, memory, state, stamp, parts, sources).map_err(none)
+    finish().map_err(none)
 }
 
 /// Gives a file that has no name one.

@@ -8,9 +8,9 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde_derive::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::config::Config;
+use crate::digest::sha256;
 use crate::vm::shape::{self, Stamp};
 
 /// The file's name.
@@ -18,7 +18,7 @@ pub const FILE: &str = "manifest.json";
 /// Its name until it is whole.
 pub const NEW: &str = "manifest.json.new";
 /// Changes when a template of an older version of this program can not be used.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Largest manifest read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -52,26 +52,10 @@ pub struct Manifest {
     pub state_bytes: u64,
     /// Digest of the device state.
     pub state_sha256: String,
+    /// Digest of the memory ([`super::memory`]).
+    pub memory_sha256: String,
     /// When it was made, seconds since the epoch.
     pub created: u64,
-}
-
-/// SHA-256 of all that can be read, in hexadecimal.
-///
-/// # Errors
-/// As read(2).
-pub fn digest(mut from: impl Read) -> io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut chunk = vec![0; 256 * 1024];
-    loop {
-        match from.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(n) => hash.update(&chunk[..n]),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
 impl Parts {
@@ -81,7 +65,7 @@ impl Parts {
     /// When a file can not be read; the text names it.
     pub fn of(config: &Config) -> io::Result<Parts> {
         let part = |path: PathBuf| {
-            let digest = File::open(&path).and_then(digest);
+            let digest = File::open(&path).and_then(sha256);
             let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
             Ok(Part { sha256: digest.map_err(named)?, path })
         };
@@ -128,12 +112,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn digests_are_sha_256() {
-        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(digest(&b"abc"[..]).unwrap(), abc);
-    }
-
-    #[test]
     fn a_manifest_comes_back_and_a_damaged_one_is_refused() {
         let dir = std::env::temp_dir().join(format!("vmcache-manifest-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
@@ -145,6 +123,7 @@ mod tests {
             memory_mib: 256,
             state_bytes: 1,
             state_sha256: "1".into(),
+            memory_sha256: "2".into(),
             created: 2,
         };
         assert!(Manifest::read(&dir).is_err());

@@ -3,7 +3,7 @@
 //! memory.
 //!
 //! Files: `place` the directory in memory, `manifest` what a template was
-//! made from, `image` its files.
+//! made from, `image` its files, `memory` what they are.
 //!
 //! Invariants: a template is whole or it is not there; it is used only while it
 //! fits the configuration and the files that it names; a clone has its own
@@ -14,6 +14,7 @@
 
 mod image;
 mod manifest;
+mod memory;
 mod place;
 
 use std::io;

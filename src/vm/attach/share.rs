@@ -27,8 +27,10 @@ use nix::sys::stat::Mode;
 
 use super::super::Vm;
 use super::Error;
+use crate::confine::user;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
+use crate::sys::cage::Cage;
 use crate::sys::mount::{attach, read_only};
 
 /// Pause between looks for its socket.
@@ -60,7 +62,7 @@ pub fn virtiofsd(
         "-o".into(),
         format!("cache={cache}").into(),
     ];
-    Attendant::start(Role::Virtiofsd, program, &args, &[listener.as_fd()], leased)
+    Attendant::start(Role::Virtiofsd, program, &args, &[listener.as_fd()], leased, Cage::default())
         .map_err(|e| crate::report::chain(&e))
 }
 
@@ -102,7 +104,10 @@ impl Vm {
         let server = virtiofsd(daemon, &socket, &real, cache, leased).map_err(failed)?;
         let record = server.record();
         self.attendants.push(server);
-        self.ledger.serve(self.dir.path(), record).map_err(|e| failed(e.to_string()))?;
+        self.ledger
+            .serve(self.dir.path(), record)
+            .and_then(|()| user::let_in(self.dir.path(), &socket))
+            .map_err(|e| failed(e.to_string()))?;
         let what = || format!("directory {}", directory.display());
         self.plug(&what, |qmp| devices::add_share(qmp, &socket, TAG)).map(|_| ())
     }

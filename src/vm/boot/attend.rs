@@ -14,6 +14,7 @@ use crate::agent::seat::{Channel, ProxyCommand, Seat, Way};
 use crate::agent::{self, Agent, Kind};
 use crate::config::options::{OURS, PROXY, QEMU};
 use crate::config::{Config, Transport};
+use crate::confine::{user, Confinement};
 use crate::hypervisor::qemu::argv::{SHARED, VIRTIOFS_SOCKET};
 use crate::process::attendant::{Attendant, Role};
 use crate::proto::cache::GrpcVM;
@@ -66,11 +67,12 @@ impl Seated {
 pub fn before_qemu(
     config: &Config,
     channels: &[Channel],
-    dir: &Path,
+    confinement: &Confinement<'_>,
     leased: bool,
     within: Duration,
 ) -> Result<Vec<Attendant>, Source> {
     let mut out = Vec::new();
+    let dir = confinement.dir;
     for channel in channels {
         let Channel::VhostUserVsock { socket } = channel else { continue };
         if !socket.starts_with(dir) {
@@ -86,7 +88,8 @@ pub fn before_qemu(
             "--uds-path".into(),
             dir.join(HYBRID_SOCKET).into_os_string(),
         ];
-        let mut device = Attendant::start(Role::Vsock, &device, &args, &[], leased)?;
+        let cage = confinement.vsock_device(&device)?;
+        let mut device = Attendant::start(Role::Vsock, &device, &args, &[], leased, cage)?;
         listening(&mut device, socket, within.min(LISTENING))?;
         out.push(device);
     }
@@ -98,6 +101,7 @@ pub fn before_qemu(
         };
         let program = PathBuf::from(config.text(QEMU, "virtio_fs_daemon"));
         let server = virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased)?;
+        user::let_in(dir, &socket)?;
         out.push(server);
     }
     Ok(out)

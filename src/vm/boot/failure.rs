@@ -16,6 +16,8 @@ pub enum Phase {
     Directory,
     /// A process beside QEMU that the VM needs.
     Attendant,
+    /// What QEMU may do on this host, and its images.
+    Confinement,
     /// QEMU's process.
     Spawn,
     /// The greeting of QEMU's monitor.
@@ -36,6 +38,7 @@ impl fmt::Display for Phase {
             Phase::Template => "there is no template to clone",
             Phase::Directory => "its directory could not be made",
             Phase::Attendant => "a process beside QEMU could not be had",
+            Phase::Confinement => "it could not be confined as configured",
             Phase::Spawn => "QEMU could not be started",
             Phase::Monitor => "QEMU's monitor did not answer",
             Phase::Guest => "the guest's agent did not answer",

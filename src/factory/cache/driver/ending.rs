@@ -30,7 +30,7 @@ impl Driver {
                 Event::Keep(asked) => self.confirm(asked, true),
                 Event::Release(asked) => self.release(asked),
                 Event::Claim(place) => {
-                    self.pool.left_line();
+                    self.pool.left_line(&place);
                     let _ = place.give(Answer::Closing);
                 }
                 // Dropped, and with it the VM.
@@ -59,8 +59,8 @@ impl Driver {
         }
         self.pool.close();
         self.jobs = None;
-        for place in self.line.drain(..) {
-            self.pool.left_line();
+        while let Some(place) = self.line.pop() {
+            self.pool.left_line(&place);
             let _ = place.give(Answer::Closing);
         }
         for booting in self.booting.values() {
@@ -79,7 +79,7 @@ impl Driver {
             };
             match event {
                 Event::Claim(place) => {
-                    self.pool.left_line();
+                    self.pool.left_line(&place);
                     let _ = place.give(Answer::Closing);
                 }
                 Event::Started { pidfd, .. } => {

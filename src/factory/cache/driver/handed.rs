@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::super::board::Seen;
 use super::super::pool::{Delivered, Ready};
 use super::{Driver, Handed, Watched, KILL};
+use crate::confine::cgroup;
 use crate::process::attendant::Role;
 use crate::process::reap;
 use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
@@ -24,6 +25,12 @@ impl Driver {
             match waited {
                 true => counters.claims_waited += 1,
                 false => counters.claims_from_pool += 1,
+            }
+        }
+        if !owner.unconfirmed {
+            // Kata's: it makes its VM larger without a word, and moves it into a cgroup of its own.
+            if let Err(e) = cgroup::limit_memory(vm.dir(), None) {
+                log::warn!("leave the memory of VM {} to its client: {e}", vm.id());
             }
         }
         self.policy.claimed(Instant::now());

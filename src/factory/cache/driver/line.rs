@@ -1,4 +1,4 @@
-//! The line of claims: first come, first served.
+//! Serving the claims in line.
 
 use std::sync::Arc;
 
@@ -10,16 +10,16 @@ use crate::vm::ledger::State;
 impl Driver {
     pub(super) fn claim(&mut self, place: Arc<Place>) {
         if self.pool.closing() {
-            self.pool.left_line();
+            self.pool.left_line(&place);
             let _ = place.give(Answer::Closing);
             return;
         }
-        self.line.push_back(place);
+        self.line.push(place);
         self.serve_line();
         self.pool.board.facts().waiting = self.line.len();
     }
 
-    /// Gives ready VMs to the claims in line, first come, first served.
+    /// Gives ready VMs to the claims in line.
     pub(super) fn serve_line(&mut self) {
         while !self.line.is_empty() {
             let Ok(ready) = self.pool.ready.try_recv() else { return };
@@ -27,17 +27,17 @@ impl Driver {
         }
     }
 
-    /// A VM for the first in line, or else for the ready channel.
+    /// A VM for whose turn it is, or else for the ready channel.
     pub(super) fn publish(&mut self, ready: Box<Ready>) {
         if !ready.vm.alive() {
             return self.died(*ready, "is dead: QEMU has ended");
         }
         let pid = ready.vm.pid();
         let mut answer = Answer::Vm(ready);
-        while let Some(place) = self.line.pop_front() {
+        while let Some(place) = self.line.pop() {
             self.pool.into_hands();
             let given = place.give(answer);
-            self.pool.left_line();
+            self.pool.left_line(&place);
             match given {
                 Ok(()) => {
                     let mut facts = self.pool.board.facts();
@@ -78,11 +78,10 @@ impl Driver {
     }
 
     pub(super) fn gone(&mut self, place: &Arc<Place>) {
-        let before = self.line.len();
-        self.line.retain(|p| !Arc::ptr_eq(p, place));
+        let was_there = self.line.remove(place);
         let mut facts = self.pool.board.facts();
-        if self.line.len() < before {
-            self.pool.left_line();
+        if was_there {
+            self.pool.left_line(place);
             facts.counters.claims_cancelled += 1;
         }
         facts.waiting = self.line.len();

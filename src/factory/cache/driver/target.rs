@@ -20,8 +20,8 @@ impl Driver {
         self.policy.set_target(n, self.workers.len());
         self.pool.board.facts().target = n;
         if target.is_none() {
-            for place in self.line.drain(..) {
-                self.pool.left_line();
+            while let Some(place) = self.line.pop() {
+                self.pool.left_line(&place);
                 let _ = place.give(Answer::Closing);
             }
             self.pool.board.facts().waiting = 0;

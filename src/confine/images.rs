@@ -1,0 +1,93 @@
+//! Kernel and initramfs, which every VM of a pool boots: nobody else may write them,
+//! and they are what their digests say.
+//!
+//! Invariant: looked at before each boot, read again only when a file was replaced or
+//! written since (its [`Stamp`]).
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::config::options::OURS;
+use crate::config::Config;
+use crate::digest::sha256;
+use crate::vm::shape::Stamp;
+
+/// Files whose digest is remembered: a process boots of one or two configurations.
+const REMEMBERED: usize = 64;
+
+/// What files were when they were read last.
+static KNOWN: Mutex<Option<HashMap<PathBuf, (Stamp, String)>>> = Mutex::new(None);
+
+/// Checks the images that a configuration names.
+///
+/// # Errors
+/// A sentence with path and remedy.
+pub fn check(config: &Config) -> io::Result<()> {
+    for (path, key) in [(config.kernel(), "kernel_sha256"), (config.initrd(), "initrd_sha256")] {
+        one(&path, key, config.text(OURS, key))
+            .map_err(|why| io::Error::new(why.kind(), format!("{}: {why}", path.display())))?;
+    }
+    Ok(())
+}
+
+fn one(path: &Path, key: &str, wanted: &str) -> io::Result<()> {
+    let meta = fs::metadata(path)?;
+    if meta.mode() & 0o002 != 0 {
+        let text = "everybody may write it, and so into all VMs to come: `chmod o-w` it";
+        return Err(io::Error::other(text));
+    }
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let digest = digest(path, Stamp::of(&meta))?;
+    match digest.eq_ignore_ascii_case(wanted) {
+        true => Ok(()),
+        false => Err(io::Error::other(format!(
+            "its SHA-256 is {digest}, and {key} says {wanted}: put the right file there, or \
+             change {key}"
+        ))),
+    }
+}
+
+fn digest(path: &Path, stamp: Stamp) -> io::Result<String> {
+    let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());
+    let known = known.get_or_insert_default();
+    if let Some((_, digest)) = known.get(path).filter(|(was, _)| *was == stamp) {
+        return Ok(digest.clone());
+    }
+    let digest = sha256(File::open(path)?)?;
+    if known.len() >= REMEMBERED {
+        known.clear();
+    }
+    known.insert(path.to_path_buf(), (stamp, digest.clone()));
+    Ok(digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn an_image_that_others_may_write_or_that_is_another_is_refused() {
+        let path = std::env::temp_dir().join(format!("vmcache-image-{}", std::process::id()));
+        let chmod = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        fs::write(&path, "abc").unwrap();
+        chmod(0o666);
+        let why = one(&path, "k", "").unwrap_err().to_string();
+        assert!(why.contains("chmod o-w"), "{why}");
+        chmod(0o644);
+        one(&path, "k", "").unwrap();
+        let abc = "BA7816BF8F01CFEA414140DE5DAE2223B00361A396177A9CB410FF61F20015AD";
+        one(&path, "k", abc).unwrap();
+        one(&path, "k", abc).unwrap();
+        fs::write(&path, "abd").unwrap();
+        let why = one(&path, "k", abc).unwrap_err().to_string();
+        assert!(why.contains("and k says BA78"), "{why}");
+        fs::remove_file(&path).unwrap();
+    }
+}

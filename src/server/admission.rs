@@ -1,0 +1,81 @@
+//! Who may claim: users and groups that the configuration names, beside root and the
+//! server's own user; where it names none, whoever the socket's permissions let in.
+//!
+//! Others who may connect can look (Config, Status), and no more. Whoever has a VM has
+//! QEMU's monitor, and so can do what QEMU's user can: VMs go to others than root and
+//! the server's own user only where QEMU runs as a user of no other rights (`user`).
+
+use nix::unistd::{geteuid, Group, User};
+
+use crate::config::options::OURS;
+use crate::config::Config;
+
+/// Who may claim.
+#[derive(Clone, Debug, Default)]
+pub struct Admission {
+    anybody: bool,
+    /// Whether QEMU is another's than the server's, so that its monitor can be given away.
+    given: bool,
+    users: Vec<u32>,
+    groups: Vec<u32>,
+}
+
+impl Admission {
+    /// What the configuration says.
+    ///
+    /// # Errors
+    /// The key, and the name that this host does not know.
+    pub fn of(config: &Config) -> Result<Admission, (&'static str, String)> {
+        let user = |name: &String| User::from_name(name).ok().flatten().map(|u| u.uid.as_raw());
+        let group = |name: &String| Group::from_name(name).ok().flatten().map(|g| g.gid.as_raw());
+        let users = found(config, "claim_users", "user", user)?;
+        let groups = found(config, "claim_groups", "group", group)?;
+        let anybody = users.is_empty() && groups.is_empty();
+        let given = !config.text(OURS, "user").is_empty();
+        Ok(Admission { anybody, given, users, groups })
+    }
+
+    /// Whether a process of this user, with these groups, may.
+    pub fn allows(&self, uid: u32, groups: &[u32]) -> bool {
+        let named = || self.users.contains(&uid) || groups.iter().any(|g| self.groups.contains(g));
+        uid == 0 || uid == geteuid().as_raw() || self.given && (self.anybody || named())
+    }
+}
+
+fn found(
+    config: &Config,
+    key: &'static str,
+    what: &str,
+    by_name: impl Fn(&String) -> Option<u32>,
+) -> Result<Vec<u32>, (&'static str, String)> {
+    let number = |name: String| {
+        let id = name.parse().ok().or_else(|| by_name(&name));
+        id.ok_or_else(|| (key, format!("this host has no {what} {name:?}")))
+    };
+    config.list(OURS, key).into_iter().map(number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_and_groups_are_let_in_and_no_others() {
+        let config = |text: &str| {
+            Config::parse("c".as_ref(), &format!("[vmcache]\nuser = \"5-9\"\n{text}")).unwrap()
+        };
+        let open = Admission::of(&config("")).unwrap();
+        assert!(open.allows(65534, &[65534]));
+        let some = config("claim_users = [\"daemon\", \"77\"]\nclaim_groups = [\"78\"]");
+        let some = Admission::of(&some).unwrap();
+        for (uid, group, may) in
+            [(0, 0, true), (1, 9, true), (77, 9, true), (9, 78, true), (9, 9, false)]
+        {
+            assert_eq!(some.allows(uid, &[5, group]), may, "{uid} {group}");
+        }
+        let shared = Config::parse("c".as_ref(), "").unwrap();
+        assert!(!Admission::of(&shared).unwrap().allows(9, &[]), "QEMU is the server's");
+        let (key, why) = Admission::of(&config("claim_groups = [\"no such\"]")).unwrap_err();
+        assert_eq!((key, why.as_str()), ("claim_groups", "this host has no group \"no such\""));
+    }
+}

@@ -1,0 +1,122 @@
+//! Small files in a VM's directory: read and written so that nobody who may write
+//! there can mislead whoever does.
+//!
+//! Who may: the server, root, and the user to whom the VM was handed, whose the
+//! directory is then. Invariants: no link is followed, nothing but a regular file is
+//! opened, nothing is waited for; a file that another user wrote, or may write, is
+//! none; one that is replaced is a new one, never the old one's contents.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::fcntl::OFlag;
+use nix::unistd::geteuid;
+
+/// Whose word counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// The server's: this process's user, or root.
+    Server,
+    /// That, or whoever has the VM.
+    Claimer,
+}
+
+/// What a file says, and the user who wrote it.
+///
+/// # Errors
+/// As open(2) and read(2); when it is longer than `most` bytes, or not to be trusted.
+pub fn read(dir: &Path, name: &str, most: u64, writer: Writer) -> io::Result<(Vec<u8>, u32)> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir.join(name))?;
+    let meta = file.metadata()?;
+    let uid = meta.uid();
+    let trusted = uid == 0
+        || uid == geteuid().as_raw()
+        || writer == Writer::Claimer && uid == fs::symlink_metadata(dir)?.uid();
+    if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() != 1 {
+        let mode = meta.mode() & 0o7777;
+        return Err(io::Error::other(format!(
+            "{name} is not the server's (uid {uid}, mode {mode:o}, {} names): somebody has changed it",
+            meta.nlink()
+        )));
+    }
+    let mut bytes = Vec::new();
+    file.take(most + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > most {
+        true => Err(io::Error::other(format!("{name} has more than {most} bytes"))),
+        false => Ok((bytes, uid)),
+    }
+}
+
+/// A new file, empty, in the place of what bears its name.
+///
+/// # Errors
+/// As unlink(2) and open(2).
+pub fn create(dir: &Path, name: &str) -> io::Result<File> {
+    let path = dir.join(name);
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)
+}
+
+/// Writes a file whole, in the place of what bears its name.
+///
+/// # Errors
+/// As the file system's; the old one then stands.
+pub fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let new = format!("{name}.new");
+    create(dir, &new)?.write_all(bytes)?;
+    fs::rename(dir.join(new), dir.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::Mode;
+    use std::os::unix::fs::{chown, symlink, PermissionsExt};
+
+    #[test]
+    fn what_others_have_changed_is_not_believed_and_nothing_of_theirs_is_overwritten() {
+        assert!(geteuid().is_root(), "this test gives files to others: run it as root");
+        let dir = std::env::temp_dir().join(format!("vmcache-private-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("f");
+        let server = || read(&dir, "f", 8, Writer::Server);
+        let claimer = || read(&dir, "f", 8, Writer::Claimer);
+        replace(&dir, "f", b"word").unwrap();
+        assert_eq!(server().unwrap(), (b"word".to_vec(), 0));
+        replace(&dir, "f", b"nine bytes").unwrap();
+        assert!(server().is_err(), "too long");
+
+        replace(&dir, "f", b"word").unwrap();
+        fs::hard_link(&path, dir.join("g")).unwrap();
+        assert!(server().is_err(), "it has another name");
+        fs::remove_file(dir.join("g")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(server().is_err(), "all may write it");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        chown(&path, Some(1234), None).unwrap();
+        assert!(server().is_err() && claimer().is_err(), "it is another's");
+        chown(&dir, Some(1234), None).unwrap();
+        assert_eq!(claimer().unwrap().1, 1234);
+        assert!(server().is_err());
+
+        let theirs = dir.join("theirs");
+        fs::write(&theirs, "kept").unwrap();
+        for name in ["f", "f.new"] {
+            let _ = fs::remove_file(dir.join(name));
+            symlink(&theirs, dir.join(name)).unwrap();
+        }
+        assert!(server().is_err(), "a link");
+        replace(&dir, "f", b"word").unwrap();
+        assert_eq!(fs::read(&theirs).unwrap(), b"kept");
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        assert!(server().is_err(), "nobody writes into it, and nobody waits for that");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
