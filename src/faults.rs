@@ -7,13 +7,20 @@ use std::fs;
 /// asks for the fault, once.
 pub const VARIABLE: &str = "VMCACHE_FAULT";
 
-/// Panics here, when that is asked for.
+/// Panics here, when that is asked for; or, for `stuck-` and the name, stays as long as
+/// the file is there.
 ///
 /// # Panics
 /// That is what it is for.
 pub fn point(name: &str) {
     let Ok(text) = std::env::var(VARIABLE) else { return };
     let Some((wanted, file)) = text.split_once(':') else { return };
+    if wanted.strip_prefix("stuck-") == Some(name) {
+        // Longer than any limit, unless the file goes.
+        while fs::exists(file).unwrap_or(false) {
+            let _ = crossbeam_channel::after(std::time::Duration::from_millis(50)).recv();
+        }
+    }
     assert!(wanted != name || fs::remove_file(file).is_err(), "asked for by {VARIABLE}");
 }
 

@@ -87,6 +87,8 @@ pub mod digest;
 pub mod factory;
 #[cfg(feature = "faults")]
 pub mod faults;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[cfg(feature = "host")]
 pub mod host;
 #[cfg(feature = "host")]
@@ -99,6 +101,8 @@ pub mod process;
 pub mod report;
 #[cfg(feature = "host")]
 pub mod server;
+#[cfg(feature = "host")]
+pub mod stuck;
 #[cfg(feature = "host")]
 pub mod vm;
 #[cfg(feature = "host")]

@@ -4,9 +4,11 @@
 //!
 //! Used on the host and in the guest. Invariants: [`pack`] never follows a
 //! symbolic link; [`unpack`] never writes outside its target: a name that
-//! leaves it ends it with an error.
+//! leaves it ends it with an error; and it keeps no more of a stream in memory
+//! than [`MAX_NAMES`] bytes, and the names of the directories that it makes.
 
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
 use std::error;
 use std::fmt;
 use std::fs;
@@ -17,6 +19,9 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::sys::stat::{major, makedev, minor, mknod, Mode, SFlag};
 use tar::{Archive, Builder, EntryType, Header};
+
+/// Most bytes of an entry's names and extended attributes.
+pub const MAX_NAMES: u64 = 1024 * 1024;
 
 /// Why a tree could not be packed or unpacked.
 #[derive(Debug)]
@@ -144,13 +149,18 @@ fn attributes(builder: &mut Builder<&mut dyn Write>, path: &Path) -> io::Result<
 pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(io_at("create", target))?;
     let root = fs::canonicalize(target).map_err(io_at("find", target))?;
-    let mut archive = Archive::new(stream);
+    let left = Cell::new(None);
+    let mut archive = Archive::new(Metered { stream, left: &left });
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(owners);
     archive.set_unpack_xattrs(true);
     archive.set_preserve_mtime(true);
-    let mut directories = Vec::new();
-    for entry in archive.entries().map_err(|source| Error::Stream { source })? {
+    let mut directories = BTreeMap::new();
+    let mut entries = archive.entries().map_err(|source| Error::Stream { source })?;
+    loop {
+        left.set(Some(MAX_NAMES));
+        let Some(entry) = entries.next() else { break };
+        left.set(None);
         let mut entry = entry.map_err(|source| Error::Stream { source })?;
         let name = entry.path().map_err(|source| Error::Stream { source })?.into_owned();
         let failed = io_at("unpack", &name);
@@ -161,13 +171,14 @@ pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), 
         match kind {
             EntryType::Char | EntryType::Block | EntryType::Fifo => {
                 special(&root, &name, entry.header(), owners)?;
+                io::copy(&mut entry, &mut io::sink()).map_err(|source| Error::Stream { source })?;
                 continue;
             }
             // A directory keeps owner and mode only when nothing follows in it.
             EntryType::Directory => {
                 let header = entry.header();
                 let mode = header.mode().map_err(&failed)?;
-                directories.push((name.clone(), mode, owner(header).map_err(&failed)?));
+                directories.insert(name.clone(), (mode, owner(header).map_err(&failed)?));
             }
             _ => {}
         }
@@ -175,8 +186,12 @@ pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), 
         if !inside {
             return Err(Error::Escape { name: name.clone() });
         }
+        // What a kind of file has no use for.
+        io::copy(&mut entry, &mut io::sink()).map_err(|source| Error::Stream { source })?;
     }
-    for (name, mode, (uid, gid)) in directories.iter().rev() {
+    drop(entries);
+    left.set(None);
+    for (name, (mode, (uid, gid))) in directories.iter().rev() {
         // Resolved again: an entry may have put a link in the directory's place.
         let path = match fs::canonicalize(root.join(name)) {
             Ok(path) if path.starts_with(&root) => path,
@@ -189,9 +204,30 @@ pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), 
         fs::set_permissions(&path, fs::Permissions::from_mode(*mode)).map_err(&failed)?;
     }
     // What follows the end mark, so that the sender meets no closed pipe.
-    let rest = archive.into_inner();
-    io::copy(rest, &mut io::sink()).map_err(|source| Error::Stream { source })?;
+    let mut rest = archive.into_inner();
+    io::copy(&mut rest, &mut io::sink()).map_err(|source| Error::Stream { source })?;
     Ok(())
+}
+
+/// A stream of which the next entry's names and attributes may have only so much.
+struct Metered<'a> {
+    stream: &'a mut dyn Read,
+    /// Bytes that may still come; `None`: any number, which are written to a file.
+    left: &'a Cell<Option<u64>>,
+}
+
+impl Read for Metered<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(left) = self.left.get() else { return self.stream.read(buffer) };
+        if left == 0 {
+            let text = format!("names and attributes of over {MAX_NAMES} bytes");
+            return Err(io::Error::other(text));
+        }
+        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let n = self.stream.read(&mut buffer[..most])?;
+        self.left.set(Some(left - n as u64));
+        Ok(n)
+    }
 }
 
 /// Whether a name stays below where it is joined to, links aside.

@@ -32,9 +32,10 @@ const HURRY: Duration = Duration::from_secs(2);
 pub fn get(common: &Common, g: &Get) -> Outcome {
     let session = Session::start()?;
     // Until its id is out, nobody else could end it.
-    let server = connect(common)?.labelled(&g.label).leasing_until_kept();
-    let own = own_config(common)?;
     let wanted = g.size.within(g.wait);
+    let server = connect(common)?.labelled(&g.label).leasing_until_kept();
+    let server = server.growing(wanted.cpus, wanted.memory_mib);
+    let own = own_config(common)?;
     let progress = Progress::start("waiting for a VM");
     let born = |birth: Birth<'_>| session.hold(birth);
     let obtained = Factory::new(&server, own.as_ref()).born(&born).get_vm(&wanted)?;
@@ -155,7 +156,7 @@ fn check_root(root: &Path) -> Result<(), Failure> {
 }
 
 fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<Guest, Failure> {
-    let server = connect(common)?;
+    let server = connect(common)?.growing(wanted.cpus, wanted.memory_mib);
     let server = if r.keep { server } else { server.leasing() };
     let own = own_config(common)?;
     let _progress = Progress::start("waiting for a VM");

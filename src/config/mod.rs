@@ -10,6 +10,7 @@
 //! configuration whose kernel only the server can read.
 
 mod check;
+mod confinement;
 mod error;
 mod find;
 pub mod options;

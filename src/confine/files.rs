@@ -3,8 +3,8 @@
 //!
 //! Disks, taps and the memory of templates come as open files, which no rule touches.
 //! A kernel without Landlock (before 5.13) confines nothing here; one with an older
-//! version of it does what it can. Neither lets QEMU open TCP connections, signal
-//! other processes, or trace them, where the kernel can forbid it.
+//! version of it does what it can. Where the kernel can forbid it, they listen on no TCP
+//! port (they connect: the user network does), and signal and trace no other process.
 //!
 //! Source: Linux's Documentation/userspace-api/landlock.rst.
 
@@ -122,7 +122,7 @@ pub fn ruleset(needs: &Needs) -> io::Result<Option<OwnedFd>> {
     ];
     let mut rules = Ruleset::default()
         .handle_access(all)
-        .and_then(|r| r.handle_access(AccessNet::from_all(KNOWN)))
+        .and_then(|r| r.handle_access(AccessNet::BindTcp))
         .and_then(|r| r.scope(Scope::from_all(KNOWN)))
         .and_then(Ruleset::create)
         .map_err(failed)?;

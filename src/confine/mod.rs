@@ -8,6 +8,7 @@
 //! | `capabilities` | what root is left with, theirs and the server's |
 //! | `cgroup`       | memory, processes and CPU time |
 //! | `label`        | AppArmor's profile, SELinux's label |
+//! | `admission`    | who may claim a VM |
 //! | `images`       | kernel and initramfs: whose, and with which digest |
 //!
 //! Invariants: everything is decided before a process is forked; what was asked for
@@ -17,6 +18,7 @@
 //! Does not: filter system calls, which QEMU does (`-sandbox`); confine virtiofsd,
 //! which does so itself, and proxies.
 
+pub mod admission;
 pub mod capabilities;
 pub mod cgroup;
 pub mod files;

@@ -53,6 +53,8 @@ pub struct GrpcCache {
     control: ControlClient,
     lease: Lease,
     label: String,
+    /// CPUs and memory (MiB) to which its VMs must be able to grow; 0: as they are.
+    size: (u32, u32),
     /// What the server says of its VMs: it does not change while it runs.
     served: OnceLock<VmConfig>,
     // Last, so that its threads outlive the channel.
@@ -78,6 +80,7 @@ impl GrpcCache {
             control: ControlClient::new(channel),
             lease: Lease::No,
             label: String::new(),
+            size: (0, 0),
             served: OnceLock::new(),
             _environment: environment,
         })
@@ -100,6 +103,13 @@ impl GrpcCache {
     /// The same connection, whose VMs are shown in status with this beside them.
     pub fn labelled(mut self, label: &str) -> GrpcCache {
         self.label = label.to_string();
+        self
+    }
+
+    /// The same connection, whose claims the server refuses, before it takes a VM, when
+    /// that could not grow to so many CPUs and so much memory, MiB.
+    pub fn growing(mut self, cpus: Option<u32>, memory: Option<u32>) -> GrpcCache {
+        self.size = (cpus.unwrap_or(0), memory.unwrap_or(0));
         self
     }
 
@@ -190,6 +200,8 @@ impl GrpcCache {
         let request = ClaimRequest {
             lease: self.lease != Lease::No,
             label: self.label.clone(),
+            cpus: self.size.0,
+            memory_mib: self.size.1,
             ..ClaimRequest::default()
         };
         let answer = self.patiently(within, true, |server, since, within| {

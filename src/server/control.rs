@@ -15,7 +15,7 @@ use super::peers::{Peer, Peers};
 use super::service::{claimer, fail, master, method, succeed};
 use super::Again;
 use crate::config::{Config, MAX_POOL};
-use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, GRACE};
+use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, Target, Then, GRACE};
 use crate::proto::cache::GrpcVM;
 use crate::proto::control::{ClaimReply, ClaimRequest, ResizeRequest, StatusReply, VmName};
 use crate::proto::empty::Empty;
@@ -155,7 +155,8 @@ impl Own {
             return fail(ctx, sink, RpcStatusCode::INVALID_ARGUMENT, &text);
         }
         let by = format!("pid {} of uid {}", peer.pid, peer.uid);
-        self.pool.tell(Event::Target { target: target.map(|t| t as usize), by });
+        let target = target.map_or(Target::Drained, |t| Target::Keep(t as usize));
+        self.pool.tell(Event::Target { target, by });
         succeed(ctx, sink, Empty::new());
     }
 
@@ -169,7 +170,7 @@ impl Own {
         let sent = sink.success(Empty::new());
         ctx.spawn(async move {
             let _ = sent.await;
-            super::leave(&pool, &format!("asked for by pid {}", peer.pid));
+            super::leave(&pool, &format!("asked for by pid {}", peer.pid), Then::Again);
         });
     }
 }

@@ -24,19 +24,25 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
-use super::admission::Admission;
 use super::peers::{Peer, Peers};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
+use crate::confine::admission::Admission;
+use crate::stuck;
 use crate::sys::process::{start_time, state};
 use crate::sys::rpc::{peer_credentials, renumbered, serve_connection};
 use crate::worker::{self, Worker};
 
+/// Longest that a connection may take to be given to gRPC.
+const ADMIT: Duration = Duration::from_secs(5);
 /// Pause after accepting failed, for want of fds for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long children of a server that was killed may hold its lock.
 const INHERITED: Duration = Duration::from_secs(5);
 /// Pause between looks at it.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// What a socket's name ends with until it is put in its place.
+pub const NEW: &str = ".n";
 
 /// Why there is no socket.
 #[derive(Debug)]
@@ -48,6 +54,8 @@ pub enum Error {
     NoDirectory { endpoint: PathBuf },
     /// Another server has it.
     Held { endpoint: PathBuf, holder: String },
+    /// Another socket was passed than the configuration names.
+    Passed { why: String },
     /// Something else is there.
     NotASocket { endpoint: PathBuf },
     /// The group does not exist.
@@ -78,6 +86,7 @@ impl fmt::Display for Error {
                  or use another endpoint",
                 endpoint.display()
             ),
+            Error::Passed { why } => f.write_str(why),
             Error::NotASocket { endpoint } => write!(
                 f,
                 "{} exists and is no socket: remove it, or change vm_cache_endpoint",
@@ -226,9 +235,11 @@ impl Lock {
         Ok(())
     }
 
-    /// Removes the socket and lets the lock go.
-    pub fn release(self) {
-        let _ = fs::remove_file(&self.endpoint);
+    /// Removes the socket, unless it is a unit's of systemd, and lets the lock go.
+    pub fn release(self, units: bool) {
+        if !units {
+            let _ = fs::remove_file(&self.endpoint);
+        }
         let _ = fs::remove_file(beside(&self.endpoint, "lock"));
     }
 }
@@ -299,6 +310,7 @@ fn pause(time: Duration) {
 }
 
 fn admit(stream: UnixStream, server: &mut Server, peers: &Peers, admission: &Admission) {
+    let _doing = stuck::begin("admitting a connection", ADMIT);
     #[cfg(feature = "faults")]
     crate::faults::point("accept");
     let (pid, uid, groups) = match peer_credentials(&stream) {

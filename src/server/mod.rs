@@ -12,7 +12,6 @@
 //! Invariants: one server for an endpoint; when [`serve`] returns without an error,
 //! its socket and all VMs that were not handed out are gone.
 
-pub mod admission;
 pub mod adopt;
 pub mod claim;
 pub mod control;
@@ -28,21 +27,24 @@ pub mod sweep;
 use std::error;
 use std::fmt;
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::RecvTimeoutError;
 use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 
 use crate::config::options::OURS;
 use crate::config::{self, Config};
+use crate::confine::admission::Admission;
 use crate::confine::{self, capabilities, cgroup};
 use crate::factory::cache::driver::Driver;
-use crate::factory::cache::pool::{Event, Pool, Stop};
+use crate::factory::cache::pool::{Event, Pool, Stop, Target, Then};
 use crate::process::reap_all;
+use crate::stuck;
 use crate::sys::process::raise_file_limit;
 use crate::worker::{self, Worker};
-use admission::Admission;
-use handover::Inherited;
+use handover::{Given, Inherited};
 use listener::Lock;
 use peers::Peers;
 
@@ -50,6 +52,8 @@ use peers::Peers;
 const STOP: Duration = Duration::from_secs(60);
 /// How long the other threads may.
 const JOIN: Duration = Duration::from_secs(5);
+/// How often threads are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// Memory that gRPC may take for connections' buffers, in bytes.
 const RPC_MEMORY: usize = 8 * 1024 * 1024;
 /// Largest request taken, in bytes: all of Kata's are empty.
@@ -133,9 +137,15 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     // Before any thread, so that all of them leave the signals to one.
     let signals = signals::block().map_err(|e| Error::Rpc(e.to_string()))?;
     let endpoint = config.endpoint();
-    let (lock, inherited) = match Inherited::take() {
-        Some(Inherited { lock, socket }) => (Lock::inherit(&endpoint, lock), Some(socket)),
-        None => (Lock::take(&endpoint), None),
+    let inherited = Inherited::take(&endpoint);
+    let mut inherited = inherited.map_err(|why| Error::Listen(listener::Error::Passed { why }))?;
+    let lock = match inherited.as_mut().and_then(|i| i.lock.take()) {
+        Some(lock) => {
+            // Children that ended while nobody looked, and are in no ledger any more.
+            reap_all();
+            Lock::inherit(&endpoint, lock)
+        }
+        None => Lock::take(&endpoint),
     };
     let lock = lock.map_err(Error::Listen)?;
     let store = config.store();
@@ -145,10 +155,6 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
     let kept = sweep::sweep(&config);
     let kept = kept.map_err(|source| Error::Store { path: store, source })?;
-    if inherited.is_some() {
-        // Children that ended while nobody looked, and are in no ledger any more.
-        reap_all();
-    }
     kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
     kept.ready.into_iter().for_each(|ready| driver.adopt(ready));
     let peers = Peers::default();
@@ -165,10 +171,14 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         server = server.register_service(control::control(&config, &pool, &peers, &again));
     }
     let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
-    let accepting = inherited
-        .map_or_else(|| lock.listen(&config), |socket| lock.permit(&config).map(|()| socket))
+    let units = inherited.as_ref().is_some_and(|i| i.units);
+    let changed = inherited.as_ref().and_then(|i| i.target);
+    let accepting = socket(&lock, inherited, &config)
         .and_then(|socket| listener::accept(socket, server, peers, admission))
         .map_err(Error::Listen)?;
+    if let Some(target) = changed {
+        pool.tell(Event::Target { target, by: "the server before".into() });
+    }
     signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;
     log::info!(
@@ -181,18 +191,20 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     notify::state(&format!("READY=1\nSTATUS=filling a pool of {} VMs", config.pool));
 
     // The one wait of the main thread: the driver ends by signal, Quit, or a panic.
-    let _ = driver.done().recv();
+    while driver.done().recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+        pool.board.facts().stuck = stuck::look();
+    }
     pool.close();
-    let Stop { why, leave } = match driver.join(STOP) {
+    let Stop { why, then } = match driver.join(STOP) {
         Ok(stop) => stop,
         Err(e) => {
             log::error!("{e}; VMs that were not handed out are swept at the next start");
-            Stop { why: "a fault".into(), leave: false }
+            Stop { why: "a fault".into(), then: Then::End }
         }
     };
-    match leave {
-        true => notify::reloading(),
-        false => notify::state("STOPPING=1"),
+    match then {
+        Then::Again => notify::reloading(),
+        Then::End | Then::Next => notify::state("STOPPING=1"),
     }
     log::info!("server-stopping: {why}");
     let mut socket = None;
@@ -205,20 +217,45 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
             .and_then(|w| w.join(JOIN).map(|_| ()));
         drop(server);
     }
-    if leave && pool.ending() {
-        sweep::end_ready(&config);
-    } else if leave {
-        let Some(socket) = socket else {
-            let text = "the accepting thread did not end";
-            return Err(Error::Restart(io::Error::other(text)));
-        };
-        log::info!("server-restarting: executing {}", program.display());
-        let e = handover::execute(&program, lock.file(), &socket.into());
-        return Err(Error::Restart(e));
+    match then {
+        Then::End => {}
+        _ if pool.ending() => sweep::end_ready(&config),
+        Then::Again => {
+            let Some(socket) = socket else {
+                let text = "the accepting thread did not end";
+                return Err(Error::Restart(io::Error::other(text)));
+            };
+            log::info!("server-restarting: executing {}", program.display());
+            let target = Some(pool.target()).filter(|t| *t != Target::Keep(config.pool));
+            let (lock, socket) = (lock.file(), &socket.into());
+            let given = Given { lock, socket, units, target };
+            return Err(Error::Restart(handover::execute(&program, &given)));
+        }
+        Then::Next => {
+            log::info!("server-stopped: its VMs are the next server's");
+            return Ok(());
+        }
     }
-    lock.release();
+    notify::forget();
+    lock.release(units);
     log::info!("server-stopped");
     Ok(())
+}
+
+/// The socket that was passed, or a new one; where it is not a unit's, systemd is to
+/// keep it.
+fn socket(
+    lock: &Lock,
+    inherited: Option<Inherited>,
+    config: &Config,
+) -> Result<UnixListener, listener::Error> {
+    let socket = match inherited {
+        Some(Inherited { socket, units: true, .. }) => return Ok(socket),
+        Some(Inherited { socket, .. }) => lock.permit(config).map(|()| socket),
+        None => lock.listen(config),
+    }?;
+    notify::store(&socket);
+    Ok(socket)
 }
 
 /// Whether a test wants a server such as Kata's, which has no calls of ours.
@@ -233,7 +270,7 @@ fn katas_calls_only() -> bool {
 pub fn stop(pool: &Pool, why: &str) {
     // Also when a restart is under way, which then is none.
     pool.end();
-    pool.tell(Event::Stop(Stop { why: why.to_string(), leave: false }));
+    pool.tell(Event::Stop(Stop { why: why.to_string(), then: Then::End }));
 }
 
 /// Asked before a restart: whether a server that is started now would come up.
@@ -245,11 +282,11 @@ pub type Again = dyn Fn() -> Result<(), String> + Send + Sync;
 /// Why it would, a sentence; nothing has changed then.
 pub fn restart(pool: &Pool, again: &Again, why: &str) -> Result<(), String> {
     again()?;
-    leave(pool, why);
+    leave(pool, why, Then::Again);
     Ok(())
 }
 
-/// Tells the driver to stop for a restart in place.
-fn leave(pool: &Pool, why: &str) {
-    pool.tell(Event::Stop(Stop { why: format!("restart: {why}"), leave: true }));
+/// Tells the driver to stop, and to leave its VMs to what comes then.
+fn leave(pool: &Pool, why: &str, then: Then) {
+    pool.tell(Event::Stop(Stop { why: format!("restart: {why}"), then }));
 }

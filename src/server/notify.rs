@@ -1,20 +1,44 @@
 //! Telling systemd: sd_notify's protocol, a datagram to `$NOTIFY_SOCKET`.
 
 use std::env;
-use std::os::linux::net::SocketAddrExt;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+
+use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags, UnixAddr};
+
+use super::handover::STORED;
 
 /// Sends a state such as `READY=1`; nothing where nobody asked.
 pub fn state(text: &str) {
+    send(text, None);
+}
+
+/// Has systemd keep the socket, for the next server.
+pub fn store(socket: &UnixListener) {
+    send(&format!("FDSTORE=1\nFDNAME={STORED}"), Some(socket));
+}
+
+/// It need not any more.
+pub fn forget() {
+    state(&format!("FDSTOREREMOVE=1\nFDNAME={STORED}"));
+}
+
+fn send(text: &str, with: Option<&UnixListener>) {
     let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|p| !p.is_empty()) else { return };
     let address = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
+        Some(name) => UnixAddr::new_abstract(name),
+        None => UnixAddr::new(path.as_os_str()),
     };
-    let sent = address
-        .and_then(|a| Ok((UnixDatagram::unbound()?, a)))
-        .and_then(|(socket, a)| socket.send_to_addr(text.as_bytes(), &a));
+    let fds: Vec<_> = with.iter().map(|s| s.as_fd().as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = &rights[..usize::from(!fds.is_empty())];
+    let sent = address.map_err(io::Error::from).and_then(|to| {
+        let from = UnixDatagram::unbound()?;
+        let parts = [IoSlice::new(text.as_bytes())];
+        Ok(sendmsg(from.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, Some(&to))?)
+    });
     if let Err(e) = sent {
         log::warn!("notify systemd at {}: {e}", path.to_string_lossy());
     }

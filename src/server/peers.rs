@@ -120,8 +120,8 @@ impl Peers {
             let shut = known.shut_silent(peer.uid)
                 || (known.of_user(peer.uid) < MAX_OF_USER
                     && known.greediest().is_some_and(|uid| known.shut_silent(uid)));
+            known.tell(&peer, shut);
             if !shut {
-                known.tell(&peer);
                 return false;
             }
         }
@@ -133,15 +133,19 @@ impl Peers {
 }
 
 impl Known {
-    fn tell(&mut self, peer: &Peer) {
+    fn tell(&mut self, peer: &Peer, shut: bool) {
         if self.told.is_some_and(|at| at.elapsed() < TELL) {
             return;
         }
         self.told = Some(Instant::now());
         let (own, all) = (self.of_user(peer.uid), self.connections.len());
+        let what = match shut {
+            true => "connections-shut: the oldest that say nothing:",
+            false => "connection-refused:",
+        };
         log::warn!(
-            "connection-refused: uid {} (pid {}) has {own} connections in use, all users {all}; \
-             a user may have {MAX_OF_USER}, all {MAX_CONNECTIONS}",
+            "{what} uid {} (pid {}) has {own} connections, all users {all}; a user may have \
+             {MAX_OF_USER}, all {MAX_CONNECTIONS}",
             peer.uid,
             peer.pid
         );

@@ -1,12 +1,14 @@
-//! SIGTERM and SIGINT stop the server, SIGUSR2 restarts it: events of the driver.
+//! SIGTERM and SIGINT stop the server, SIGUSR2 restarts it in place, SIGUSR1 ends it and
+//! leaves its VMs to the next one: events of the driver.
 
 use std::io;
 use std::sync::Arc;
 
+use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::Again;
-use crate::factory::cache::pool::Pool;
+use crate::factory::cache::pool::{Pool, Then};
 use crate::worker::{self, Worker};
 
 /// The signals that are waited for.
@@ -18,7 +20,7 @@ pub struct Signals(SigSet);
 /// As pthread_sigmask(3).
 pub fn block() -> io::Result<Signals> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR2] {
+    for signal in [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2] {
         set.add(signal);
     }
     set.thread_block()?;
@@ -42,6 +44,8 @@ impl Signals {
                         log::error!("restart-refused: {why}; this server goes on");
                     }
                 }
+                // A supervisor's restart: the process that it starts then has the VMs.
+                Ok(Signal::SIGUSR1) => super::leave(&pool, "SIGUSR1", Then::Next),
                 Ok(signal) => super::stop(&pool, signal.as_str()),
                 Err(e) => log::warn!("wait for signals: {e}"),
             }

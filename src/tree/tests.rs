@@ -94,6 +94,19 @@ fn names_that_leave_the_target_are_refused() {
 }
 
 #[test]
+fn names_without_an_end_are_refused() {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNULongName);
+    header.set_size(1 << 40);
+    header.set_mode(0);
+    header.set_cksum();
+    let mut stream = header.as_bytes().chain(io::repeat(b'n'));
+    let to = Dir::new("endless");
+    let e = unpack(&mut stream, &to.0, false).unwrap_err().to_string();
+    assert!(e.contains("over 1048576 bytes"), "{e}");
+}
+
+#[test]
 fn a_stream_that_breaks_off_is_an_error() {
     let from = Dir::new("half");
     fs::write(from.0.join("file"), vec![1; 10_000]).unwrap();

@@ -35,7 +35,8 @@ pub fn read(dir: &Path, name: &str, most: u64, writer: Writer) -> io::Result<(Ve
     let trusted = uid == 0
         || uid == geteuid().as_raw()
         || writer == Writer::Claimer && uid == fs::symlink_metadata(dir)?.uid();
-    if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() != 1 {
+    // One without a name was replaced just now, whole.
+    if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() > 1 {
         let mode = meta.mode() & 0o7777;
         return Err(io::Error::other(format!(
             "{name} is not the server's (uid {uid}, mode {mode:o}, {} names): somebody has changed it",

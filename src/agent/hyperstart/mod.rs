@@ -115,7 +115,7 @@ impl Hyperstart {
     }
 
     /// One that is connected already, at an address that leads nowhere.
-    pub(super) fn over(control: UnixStream, stream: UnixStream) -> Outcome<Hyperstart> {
+    pub(crate) fn over(control: UnixStream, stream: UnixStream) -> Outcome<Hyperstart> {
         let agent = Hyperstart::at(Address::Hyperstart(PathBuf::from("/nonexistent")));
         let session = Session::over(control, stream).map_err(|e| Error::Host {
             during: "serve hyperstart's channels",

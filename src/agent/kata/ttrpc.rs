@@ -81,7 +81,7 @@ impl KataAgent {
     }
 
     /// One that is connected already, at an address that leads nowhere.
-    pub(in super::super) fn over(stream: UnixStream) -> Outcome<KataAgent> {
+    pub(crate) fn over(stream: UnixStream) -> Outcome<KataAgent> {
         let agent = KataAgent::at(Address::Serial(PathBuf::from("/nonexistent")));
         agent.slot.put(Arc::new(Connection::over(stream)?));
         Ok(agent)

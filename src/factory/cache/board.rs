@@ -90,6 +90,8 @@ pub struct Facts {
     pub vms: BTreeMap<i32, Seen>,
     /// Why no VM is made, although some are missing.
     pub held: Option<String>,
+    /// Threads that do not come to an end of what they do.
+    pub stuck: Vec<String>,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }
@@ -144,6 +146,7 @@ impl Board {
             },
             "counters": facts.counters,
             "vms": vms,
+            "stuck": facts.stuck,
             "last_error": facts.last_error,
         })
     }

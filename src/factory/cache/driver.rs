@@ -25,11 +25,12 @@ use super::board::Seen;
 use super::line::Line;
 use super::making::Source;
 use super::policy::{Policy, View};
-use super::pool::{Ends, Event, Job, Pool, Ready, Stop};
+use super::pool::{Ends, Event, Job, Pool, Ready, Stop, Then};
 use super::room::Room;
 use super::watch::Watch;
 use crate::config::Config;
 use crate::process::attendant::Role;
+use crate::stuck;
 use crate::sys::process::stand_back;
 use crate::vm::dir;
 use crate::vm::ledger::{Ledger, State};
@@ -61,6 +62,9 @@ struct Booting {
     /// QEMU, once there is one.
     qemu: Option<(i32, OwnedFd)>,
 }
+
+/// Longest that the driver may take for one event: a QEMU that it kills has seconds.
+const EVENT: Duration = Duration::from_secs(30);
 
 /// A VM that was handed out; kept to reap it, and to end it with its owner.
 struct Handed {
@@ -187,13 +191,13 @@ impl Driver {
             };
             match event {
                 Some(Event::Stop(stop)) => {
-                    self.leaving = stop.leave;
+                    self.leaving = stop.then != Then::End;
                     self.stop();
                     return stop;
                 }
                 Some(event) => self.handle(event),
                 // Impossible while the pool, which has a sender, is ours.
-                None => return Stop { why: "the event channel closed".into(), leave: false },
+                None => return Stop { why: "the event channel closed".into(), then: Then::End },
             }
         }
     }
@@ -217,6 +221,7 @@ impl Driver {
     }
 
     fn handle(&mut self, event: Event) {
+        let _doing = stuck::begin("an event of the pool", EVENT);
         #[cfg(feature = "faults")]
         crate::faults::point("pool");
         match event {
@@ -236,7 +241,7 @@ impl Driver {
             Event::Release(asked) => self.release(asked),
             Event::Target { target, by } => self.set_target(target, &by),
             // Only while it stops already.
-            Event::Stop(stop) => self.leaving &= stop.leave,
+            Event::Stop(stop) => self.leaving &= stop.then != Then::End,
         }
     }
 

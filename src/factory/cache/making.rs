@@ -4,6 +4,7 @@
 //! Invariant: a worker owns the VM that it makes until the driver has been told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
@@ -11,10 +12,14 @@ use super::pool::{Event, Job, Pool, Ready};
 use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::factory::template::Template;
+use crate::stuck;
 use crate::vm::birth::Birth;
 use crate::vm::boot::{boot, BootError, Purpose};
 use crate::vm::ledger::ClaimNote;
 use crate::vm::wire;
+
+/// Beyond a boot's own deadlines, until its thread is called stuck.
+const MARGIN: Duration = Duration::from_secs(60);
 
 /// Where the pool's VMs come from.
 pub struct Source {
@@ -42,6 +47,8 @@ impl Source {
     pub fn work(&self, pool: &Pool, jobs: &Receiver<Job>) {
         let purpose = Purpose::Pool { endpoint: self.config.endpoint().display().to_string() };
         for job in jobs {
+            // A template may have to be made first, by this thread or another.
+            let _doing = stuck::begin("making a VM", 2 * self.config.boot_timeout + MARGIN);
             #[cfg(feature = "faults")]
             crate::faults::point("boot");
             let number = job.number;

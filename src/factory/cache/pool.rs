@@ -6,6 +6,8 @@
 //! channel and the driver's knowing what became of them.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -84,8 +86,8 @@ pub enum Event {
     Keep(Asked),
     /// A client does not want its VM any more.
     Release(Asked),
-    /// Keep so many VMs ready; `None` to hand nothing out any more.
-    Target { target: Option<usize>, by: String },
+    /// Be this from now on.
+    Target { target: Target, by: String },
     /// Hand nothing out any more, clean up.
     Stop(Stop),
 }
@@ -114,8 +116,48 @@ pub enum Refusal {
 pub struct Stop {
     /// A few words.
     pub why: String,
-    /// Whether VMs that stand ready are left to a server that is about to start.
-    pub leave: bool,
+    /// What comes after.
+    pub then: Then,
+}
+
+/// What comes after a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Nothing: the VMs that stand ready are ended.
+    End,
+    /// The same process's program anew, which takes them over.
+    Again,
+    /// Another process, likewise, that a supervisor starts.
+    Next,
+}
+
+/// What a pool has been told to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// So many VMs are kept ready.
+    Keep(usize),
+    /// None is handed out any more.
+    Drained,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Keep(n) => n.fmt(f),
+            Target::Drained => f.write_str("drained"),
+        }
+    }
+}
+
+impl FromStr for Target {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Target, Self::Err> {
+        match text {
+            "drained" => Ok(Target::Drained),
+            n => n.parse().map(Target::Keep),
+        }
+    }
 }
 
 /// A VM that its client has. It is the client's whatever becomes of this: when
@@ -331,6 +373,14 @@ impl Pool {
     /// From now on, nothing is handed out, or it is again.
     pub fn drain(&self, drained: bool) {
         self.drained.store(drained, Ordering::SeqCst);
+    }
+
+    /// What it has been told to be.
+    pub fn target(&self) -> Target {
+        match self.drained.load(Ordering::SeqCst) {
+            true => Target::Drained,
+            false => Target::Keep(self.board.facts().target),
+        }
     }
 
     /// From now on, nothing is handed out.

@@ -15,6 +15,7 @@ use crate::agent::address::Address;
 use crate::agent::{self, Error};
 use crate::config::Config;
 use crate::report::chain;
+use crate::stuck;
 use crate::vm::wire;
 use crate::worker::{self, Worker};
 use crate::workload::rehearsal;
@@ -50,8 +51,12 @@ pub fn start(
     Ok((tasks, thread))
 }
 
+/// Longest that one may take.
+const RESTING: Duration = Duration::from_secs(120);
+
 fn work(config: &Config, pool: &Pool, todo: &Receiver<Task>) {
     for task in todo {
+        let _doing = stuck::begin("letting a VM rest", RESTING);
         #[cfg(feature = "faults")]
         crate::faults::point("rest");
         pool.tell(match task {

@@ -3,23 +3,29 @@
 use std::sync::Arc;
 
 use super::super::claim::Answer;
-use super::super::pool::Ready;
+use super::super::pool::{Ready, Target};
 use super::Driver;
 use crate::worker::Worker;
 
 impl Driver {
-    /// Keeps so many ready from now on; `None`: hands nothing out any more.
-    pub(super) fn set_target(&mut self, target: Option<usize>, by: &str) {
-        let n = target.unwrap_or(0);
-        match target {
-            Some(n) => log::info!("pool-resized: {n} VMs will be kept ready, asked for by {by}"),
-            None => log::info!("pool-drained: no VM is handed out any more, asked for by {by}"),
-        }
-        self.pool.drain(target.is_none());
+    /// Is this from now on.
+    pub(super) fn set_target(&mut self, target: Target, by: &str) {
+        let n = match target {
+            Target::Keep(n) => {
+                log::info!("pool-resized: {n} VMs will be kept ready, asked for by {by}");
+                n
+            }
+            Target::Drained => {
+                log::info!("pool-drained: no VM is handed out any more, asked for by {by}");
+                0
+            }
+        };
+        let drained = target == Target::Drained;
+        self.pool.drain(drained);
         self.add_workers(n);
         self.policy.set_target(n, self.workers.len());
         self.pool.board.facts().target = n;
-        if target.is_none() {
+        if drained {
             while let Some(place) = self.line.pop() {
                 self.pool.left_line(&place);
                 let _ = place.give(Answer::Closing);

@@ -1,0 +1,94 @@
+//! Threads that do not come to an end of what they do: named while the server runs.
+//!
+//! Each says what it begins and how long that may take ([`begin`]); the main thread,
+//! which has nothing else to do, looks ([`look`]). Nothing is ended for it: whoever
+//! reads the log decides, and `vmcache restart` or a kill loses no VM.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Something that a thread does.
+struct Task {
+    number: u64,
+    thread: String,
+    what: &'static str,
+    since: Instant,
+    limit: Duration,
+    told: bool,
+}
+
+#[derive(Default)]
+struct Tasks {
+    next: u64,
+    all: Vec<Task>,
+}
+
+static TASKS: Mutex<Tasks> = Mutex::new(Tasks { next: 0, all: Vec::new() });
+
+fn tasks() -> MutexGuard<'static, Tasks> {
+    TASKS.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Done when it is dropped.
+#[must_use]
+pub struct Doing(u64);
+
+/// This thread begins something that must not take longer than `limit`.
+pub fn begin(what: &'static str, limit: Duration) -> Doing {
+    let thread = std::thread::current().name().unwrap_or("without a name").to_string();
+    let mut tasks = tasks();
+    tasks.next += 1;
+    let number = tasks.next;
+    tasks.all.push(Task { number, thread, what, since: Instant::now(), limit, told: false });
+    Doing(number)
+}
+
+impl Drop for Doing {
+    fn drop(&mut self) {
+        let mut tasks = tasks();
+        let Some(at) = tasks.all.iter().position(|t| t.number == self.0) else { return };
+        let Task { thread, what, since, told, .. } = tasks.all.swap_remove(at);
+        if told {
+            let took = since.elapsed().as_secs_f64();
+            log::info!("stuck-no-more: thread {thread} has done with {what} after {took:.0} s");
+        }
+    }
+}
+
+/// Tells of those that take too long, once each; all that do now, for status.
+pub fn look() -> Vec<String> {
+    let now = Instant::now();
+    let mut stuck = Vec::new();
+    for task in &mut tasks().all {
+        let took = now.saturating_duration_since(task.since);
+        if took < task.limit {
+            continue;
+        }
+        let text =
+            format!("thread {} has been at {} for {} s", task.thread, task.what, took.as_secs());
+        if !std::mem::replace(&mut task.told, true) {
+            log::error!("stuck: {text}; `vmcache restart`, or killing the server, loses no VM");
+        }
+        stuck.push(text);
+    }
+    stuck
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_too_long_is_named_and_what_does_not_is_not() {
+        let quick = begin("a quick thing", Duration::from_secs(600));
+        let slow = begin("a slow thing", Duration::ZERO);
+        let own =
+            |all: Vec<String>| all.into_iter().filter(|t| t.contains(" thing")).collect::<Vec<_>>();
+        let told = own(look());
+        assert!(told.len() == 1 && told[0].contains("what_takes_too_long"), "{told:?}");
+        assert!(told[0].contains("a slow thing for 0 s"), "{told:?}");
+        drop(slow);
+        assert!(own(look()).is_empty());
+        drop(quick);
+    }
+}
