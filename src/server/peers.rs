@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::sys::rpc::copy_of;
+
 /// Connections that a user may have open.
 pub const MAX_OF_USER: usize = 512;
 /// Connections of all users but root, who can always look.
@@ -38,8 +40,8 @@ struct Connection {
     peer: Peer,
     /// Which socket the fd was.
     socket: Option<PathBuf>,
-    /// Until it makes its first call: since when, and the socket, to be shut.
-    silent: Option<(Instant, UnixStream)>,
+    /// Until it makes its first call: since when.
+    silent: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -76,10 +78,12 @@ impl Known {
     /// was one.
     fn shut_silent(&mut self, uid: u32) -> bool {
         let of_user = self.connections.iter().filter(|(_, c)| c.peer.uid == uid);
-        let silent = of_user.filter_map(|(fd, c)| c.silent.as_ref().map(|(at, _)| (*at, *fd)));
+        let silent = of_user.filter_map(|(fd, c)| c.silent.map(|at| (at, *fd)));
         let Some((_, fd)) = silent.min() else { return false };
-        if let Some(Connection { silent: Some((_, stream)), .. }) = self.connections.remove(&fd) {
-            let _ = stream.shutdown(Shutdown::Both);
+        let was = self.connections.remove(&fd).and_then(|c| c.socket);
+        // First copied, then looked at: its number may be another's meanwhile.
+        if let Some(copy) = copy_of(fd).ok().filter(|copy| socket(copy.as_raw_fd()) == was) {
+            let _ = copy.shutdown(Shutdown::Both);
         }
         true
     }
@@ -125,8 +129,7 @@ impl Peers {
                 return false;
             }
         }
-        let silent = stream.try_clone().ok().map(|copy| (Instant::now(), copy));
-        let fd = stream.as_raw_fd();
+        let (fd, silent) = (stream.as_raw_fd(), Some(Instant::now()));
         known.connections.insert(fd, Connection { peer, socket: socket(fd), silent });
         true
     }

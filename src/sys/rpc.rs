@@ -38,6 +38,20 @@ pub fn renumbered(stream: UnixStream) -> UnixStream {
     }
 }
 
+/// Another fd for the socket that has this number now, to be looked at.
+///
+/// # Errors
+/// `EBADF` when nothing has.
+pub fn copy_of(number: i32) -> io::Result<UnixStream> {
+    // SAFETY: integers only; fails when the number is not open.
+    let fd = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, LOWEST) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just returned this fd, and nothing else owns it.
+    Ok(unsafe { UnixStream::from_raw_fd(fd) })
+}
+
 /// A gRPC channel over a connected socket; `target` becomes its authority.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ const USERS: std::ops::RangeInclusive<u32> = 231_000..=231_063;
 const NOBODY: u32 = 65_534;
 
 /// A pool whose QEMUs are other users', with images that those can read.
-fn pool(prepared: &Path, n: usize) -> (Options, Dir) {
+pub fn pool(prepared: &Path, n: usize) -> (Options, Dir) {
     let dir = Dir::new();
     let mut options = Options::pool(prepared, n);
     for (image, name) in [(&mut options.kernel, "kernel"), (&mut options.initrd, "initrd")] {
@@ -258,14 +258,19 @@ fn each_vm_has_a_cgroup_with_limits_that_goes_with_it() {
 }
 
 /// Our program, where everybody may execute it.
-fn as_user(daemon: &Daemon, uid: u32, args: &[&str]) -> Output {
+pub fn command_as(daemon: &Daemon, uid: u32, args: &[&str]) -> Command {
     let program = daemon.dir.0.join("vmcache");
     if !program.exists() {
         fs::copy(env!("CARGO_BIN_EXE_vmcache"), &program).unwrap();
     }
     let mut command = Command::new(program);
     command.env_clear().env("VMCACHE_CONFIG", &daemon.config).uid(uid).gid(uid);
-    command.args(args).output().unwrap()
+    command.args(args);
+    command
+}
+
+fn as_user(daemon: &Daemon, uid: u32, args: &[&str]) -> Output {
+    command_as(daemon, uid, args).output().unwrap()
 }
 
 #[test]

@@ -19,6 +19,7 @@
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
 //! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
+//! | `hostile`   | noise on the socket, and users who want all of it |
 //! | `confinement` | what QEMU can not do, and who may have a VM |
 //! | `memory`    | hosts that run out of it |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
@@ -43,6 +44,7 @@ mod daemon;
 mod deaths;
 mod faults;
 mod guest;
+mod hostile;
 mod interop;
 mod kata1;
 mod memory;
