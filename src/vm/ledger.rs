@@ -172,8 +172,13 @@ impl Ledger {
     /// # Errors
     /// When there is no ledger, or it is damaged.
     pub fn read(dir: &Path) -> io::Result<Ledger> {
-        let (bytes, _) = private::read(dir, FILE, MAX_FILE, Writer::Server)?;
+        let (bytes, uid) = private::read(dir, FILE, MAX_FILE, Writer::Server)?;
         let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+        ledger.attendants.retain(|r| may_name(uid, r.pid));
+        if ledger.pid != 0 && start_time(ledger.pid).is_some() && !may_name(uid, ledger.pid) {
+            let text = format!("uid {uid} wrote it, and pid {} is not that user's", ledger.pid);
+            return Err(io::Error::other(text));
+        }
         ledger.attendants.extend(read_served(dir));
         if let Some((cpus, memory)) = read_size(dir) {
             (ledger.cpus, ledger.memory_mib) = (cpus, memory);
@@ -217,14 +222,19 @@ impl Ledger {
     }
 }
 
+/// Whether a user can have written this pid down: nobody has others' processes ended by
+/// naming them.
+fn may_name(uid: u32, pid: i32) -> bool {
+    let owner = || fs::metadata(format!("/proc/{pid}")).ok().map(|m| m.uid());
+    uid == 0 || uid == nix::unistd::geteuid().as_raw() || owner() == Some(uid)
+}
+
 fn read_served(dir: &Path) -> Vec<Record> {
     let Ok((bytes, uid)) = private::read(dir, SERVED, MAX_SERVED, Writer::Claimer) else {
         return Vec::new();
     };
     let mut all: Vec<Record> = serde_json::from_slice(&bytes).unwrap_or_default();
-    // Nobody has others' processes ended by naming them here.
-    let owner = |pid: i32| fs::metadata(format!("/proc/{pid}")).ok().map(|m| m.uid());
-    all.retain(|r| uid == 0 || owner(r.pid) == Some(uid));
+    all.retain(|r| may_name(uid, r.pid));
     all
 }
 

@@ -1,7 +1,7 @@
 //! Small files in a VM's directory: read and written so that nobody who may write
 //! there can mislead whoever does.
 //!
-//! Who may: the server, root, and the user to whom the VM was handed, whose the
+//! Who may: the server (whose the store is), root, and the user to whom the VM was handed, whose the
 //! directory is then. Invariants: no link is followed, nothing but a regular file is
 //! opened, nothing is waited for; a file that another user wrote, or may write, is
 //! none; one that is replaced is a new one, never the old one's contents.
@@ -17,7 +17,7 @@ use nix::unistd::geteuid;
 /// Whose word counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
-    /// The server's: this process's user, or root.
+    /// The server's: the store's owner, this process's user, or root.
     Server,
     /// That, or whoever has the VM.
     Claimer,
@@ -32,9 +32,11 @@ pub fn read(dir: &Path, name: &str, most: u64, writer: Writer) -> io::Result<(Ve
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir.join(name))?;
     let meta = file.metadata()?;
     let uid = meta.uid();
+    let owner = |path: &Path| fs::symlink_metadata(path).map(|m| m.uid()).ok();
     let trusted = uid == 0
         || uid == geteuid().as_raw()
-        || writer == Writer::Claimer && uid == fs::symlink_metadata(dir)?.uid();
+        || dir.parent().and_then(owner) == Some(uid)
+        || writer == Writer::Claimer && owner(dir) == Some(uid);
     // One without a name was replaced just now, whole.
     if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() > 1 {
         let mode = meta.mode() & 0o7777;

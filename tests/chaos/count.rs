@@ -9,6 +9,9 @@ use crate::daemon::{directories, mounts, qemus, Daemon};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Count {
     pub qemus: usize,
+    /// What serves them: vsock devices, proxies.
+    pub attendants: usize,
+    pub cgroups: usize,
     pub directories: usize,
     pub mounts: usize,
     /// Zombies that are the server's children.
@@ -21,6 +24,29 @@ pub struct Count {
 
 fn entries(path: String) -> usize {
     fs::read_dir(path).map_or(0, |entries| entries.flatten().count())
+}
+
+/// Processes beside QEMU whose command line names a VM's directory.
+pub fn attendants(store: &Path) -> Vec<i32> {
+    let needle = format!("{}/", store.display());
+    let all = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        (line.contains(&needle) && !line.contains("-chardev")).then_some(pid)
+    });
+    all.collect()
+}
+
+/// The cgroups of VMs, in all hierarchies: a server's are named as its directory.
+fn cgroups(dir: &Path) -> usize {
+    let name = dir.file_name().unwrap_or_default();
+    let below = |path: &Path| fs::read_dir(path.join(name)).into_iter().flatten().flatten();
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let all = hierarchies.map(|h| h.path()).chain([Path::new("/sys/fs/cgroup").to_path_buf()]);
+    all.flat_map(|h| below(&h))
+        .filter(|e| e.file_name().to_string_lossy().starts_with("vm-"))
+        .count()
 }
 
 fn threads(pid: i32) -> usize {
@@ -45,6 +71,8 @@ impl Count {
         let pid = daemon.pid();
         Count {
             qemus: qemus(&daemon.dir.0).len(),
+            attendants: attendants(&daemon.store()).len(),
+            cgroups: cgroups(&daemon.dir.0),
             directories: directories(&daemon.store()).len(),
             mounts: mounts(&daemon.store()).len(),
             zombies: zombies(pid),
@@ -57,6 +85,8 @@ impl Count {
     pub fn beyond(&self, before: &Count) -> Vec<String> {
         let pairs = [
             ("QEMUs", self.qemus, before.qemus),
+            ("attendants", self.attendants, before.attendants),
+            ("cgroups", self.cgroups, before.cgroups),
             ("directories", self.directories, before.directories),
             ("mounts", self.mounts, before.mounts),
             ("zombies", self.zombies, before.zombies),

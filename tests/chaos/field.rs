@@ -1,6 +1,7 @@
 //! Where the faults happen: a server with a pool of clones, and what is claimed of it.
 
 use std::collections::HashSet;
+use std::fs;
 use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
@@ -86,13 +87,25 @@ pub struct Field {
 impl Field {
     /// `change` the options of a pool of `n` clones.
     pub fn new(prepared: &Path, n: usize, change: impl FnOnce(&mut Options, &Path)) -> Field {
+        Field::with(prepared, n, change, &[])
+    }
+
+    /// The same, with more in the server's environment.
+    pub fn with(
+        prepared: &Path,
+        n: usize,
+        change: impl FnOnce(&mut Options, &Path),
+        environment: &[(&str, &str)],
+    ) -> Field {
         let dir = Dir::new();
         let template = Dir::new();
         let mut options = Options::pool(prepared, n);
         let path = template.0.join("template");
         options.more_factory = format!("enable_template = true\ntemplate_path = {path:?}\n");
+        let name = dir.0.file_name().unwrap().to_str().unwrap();
+        options.more_ours += &format!("cgroup = {name:?}\n");
         change(&mut options, &dir.0);
-        let daemon = Daemon::launch(&options, dir);
+        let daemon = Daemon::launch_with(&options, dir, environment);
         daemon.wait_rest(n);
         // Once, so that what a first client brings about is there.
         daemon.ok(&["run", "--", "true"]);
@@ -111,6 +124,9 @@ impl Field {
         let line = text(&out.stdout);
         let Ok(vm) = serde_json::from_str::<Value>(line.trim()) else {
             self.row.refused += 1;
+            if std::env::var_os("VMCACHE_CHAOS_LOG").is_some() {
+                eprintln!("refused: {}", text(&out.stderr).trim_end());
+            }
             return None;
         };
         self.row.claimed += 1;
@@ -162,7 +178,11 @@ impl Field {
         if !self.row.good() || std::env::var_os("VMCACHE_CHAOS_LOG").is_some() {
             eprintln!("{}", self.daemon().log());
         }
-        drop(self.daemon.take().unwrap().quit());
+        let dir = self.daemon.take().unwrap().quit();
+        // The empty one in which VMs had theirs.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(hierarchy.path().join(dir.0.file_name().unwrap()));
+        }
         self.row
     }
 }

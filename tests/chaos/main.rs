@@ -13,6 +13,8 @@ mod count;
 #[allow(dead_code)] // The other tests' part.
 mod daemon;
 mod field;
+mod guests;
+mod hosts;
 mod rows;
 
 use std::path::Path;
@@ -31,7 +33,7 @@ fn main() -> ExitCode {
     let Some(prepared) = daemon::prepared() else { return ExitCode::SUCCESS };
     let share = std::env::var("VMCACHE_CHAOS").ok().map_or(SHORT, |n| n.parse().unwrap());
     let times = |all: u32| (all * share).div_ceil(100);
-    let rows: [(&str, u32, Fault); 8] = [
+    let rows: [(&str, u32, Fault); 12] = [
         ("clients SIGKILLed in a claim", times(1000), rows::clients),
         ("QEMUs SIGKILLed", times(200), rows::qemus_killed),
         ("servers SIGKILLed under load", times(100), rows::servers),
@@ -40,6 +42,10 @@ fn main() -> ExitCode {
         ("run directory full", times(20), rows::no_room),
         ("no file descriptors left", times(10), rows::no_fds),
         ("QEMUs SIGSTOPped", times(20), rows::stopped),
+        ("no more processes (RLIMIT_NPROC)", times(10), hosts::no_processes),
+        ("vsock devices SIGKILLed", times(50), guests::vsock_devices),
+        ("agents silent, garbled, endless", times(15), guests::agents),
+        ("clock set back and forth an hour", times(60), hosts::clock),
     ];
     // Words of the command line choose among them, as with other tests.
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();

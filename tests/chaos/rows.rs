@@ -16,11 +16,11 @@ use crate::field::{Dice, Field, Row};
 
 fn nothing(_: &mut crate::daemon::Options, _: &Path) {}
 
-fn ms(n: u64) -> Duration {
+pub fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-fn send(pid: i64, signal: Signal) {
+pub fn send(pid: i64, signal: Signal) {
     // It may have ended meanwhile.
     let _ = kill(Pid::from_raw(pid as i32), signal);
 }

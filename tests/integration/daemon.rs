@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -92,6 +93,8 @@ pub struct Options {
     pub more_qemu: String,
     pub more_ours: String,
     pub more_factory: String,
+    /// Whose the server is, with a program that this user can execute; else this process'.
+    pub server: Option<(u32, PathBuf)>,
 }
 
 impl Options {
@@ -112,6 +115,7 @@ impl Options {
             more_qemu: String::new(),
             more_ours: format!("accel = \"{}\"\n", value("accel")),
             more_factory: String::new(),
+            server: None,
         }
     }
 
@@ -191,6 +195,11 @@ impl Daemon {
         let config = dir.0.join("c.toml");
         fs::write(&config, options.text(&dir.0)).unwrap();
         let mut command = vmcache(&config);
+        if let Some((uid, program)) = &options.server {
+            command = Command::new(program);
+            command.env_clear().env("PATH", "/usr/bin:/bin").env("VMCACHE_CONFIG", &config);
+            command.stdin(Stdio::null()).uid(*uid).gid(*uid);
+        }
         command.args(["serve", "--log", "stderr"]).stderr(Stdio::piped());
         command.envs(environment.iter().copied());
         let mut child = command.spawn().unwrap();
