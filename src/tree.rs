@@ -189,7 +189,6 @@ pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), 
         // What a kind of file has no use for.
         io::copy(&mut entry, &mut io::sink()).map_err(|source| Error::Stream { source })?;
     }
-    drop(entries);
     left.set(None);
     for (name, (mode, (uid, gid))) in directories.iter().rev() {
         // Resolved again: an entry may have put a link in the directory's place.

@@ -96,6 +96,12 @@ fn what_qemu_can_not_do(daemon: &Daemon) {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
     assert_eq!(text(&environment), "");
 
+    // The server itself: no modules, no raw devices, no clock, no reboot.
+    let servers = u64::from_str_radix(&status_of(daemon.pid().into(), "CapBnd"), 16).unwrap();
+    for gone in [16, 17, 22, 25, 13, 39] {
+        assert_eq!(servers & (1 << gone), 0, "{servers:x}");
+    }
+
     let mut monitor = Monitor::of(&one);
     for path in [
         other.join("vm.json"),

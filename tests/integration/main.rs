@@ -18,6 +18,7 @@
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
+//! | `states`    | servers that are killed in each of their states |
 //! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
 //! | `hostile`   | noise on the socket, and users who want all of it |
 //! | `confinement` | what QEMU can not do, and who may have a VM |
@@ -56,6 +57,7 @@ mod resting;
 mod rootfs;
 mod run;
 mod share;
+mod states;
 mod template_place;
 mod templates;
 mod transports;

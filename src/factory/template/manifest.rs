@@ -52,7 +52,7 @@ pub struct Manifest {
     pub state_bytes: u64,
     /// Digest of the device state.
     pub state_sha256: String,
-    /// Digest of the memory ([`super::memory`]).
+    /// Digest of the memory (of what in it is not zero).
     pub memory_sha256: String,
     /// When it was made, seconds since the epoch.
     pub created: u64,
