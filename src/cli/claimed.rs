@@ -196,10 +196,9 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
 fn end(mut vm: Vm) -> Result<(), Box<dyn std::error::Error>> {
     if vm.is_servers() {
         // The server's to end, and this user's to ask for it.
-        let server = GrpcCache::connect(Path::new(&vm.ledger().endpoint))?;
-        server.release(vm.id())?;
+        let (id, endpoint) = (vm.id().to_string(), vm.ledger().endpoint.clone());
         vm.let_go();
-        return Ok(());
+        return Ok(GrpcCache::connect(Path::new(&endpoint))?.release(&id)?);
     }
     if !holds_disks(&vm) {
         vm.destroy();

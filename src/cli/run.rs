@@ -19,7 +19,7 @@ use super::session::Session;
 use super::terminal::Terminal;
 use super::{connect, own_config, Outcome};
 use crate::config::options::QEMU;
-use crate::factory::grpccache::Error;
+use crate::factory::grpccache::{Error, GrpcCache};
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::process::attendant::Role;
 use crate::vm::{Birth, VmConfig};
@@ -57,9 +57,14 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
     if cold {
         return Ok(0);
     }
-    match server.keep(&id) {
+    kept(&server, &id).map(|()| 0)
+}
+
+/// The VM outlives this process.
+fn kept(server: &GrpcCache, id: &str) -> Result<(), Failure> {
+    match server.keep(id) {
         // Whoever has read its id may have ended it already.
-        Ok(()) | Err(Error::Unsupported { .. } | Error::Gone { .. }) => Ok(0),
+        Ok(()) | Err(Error::Unsupported { .. } | Error::Gone { .. }) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
@@ -127,8 +132,13 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         if ended.known {
             guest.tidy();
         }
-        eprintln!("{}", guest.vm().id());
+        let id = guest.vm().id().to_string();
+        let pools = !guest.vm().ledger().endpoint.is_empty();
+        eprintln!("{id}");
         guest.keep().let_go();
+        if pools {
+            kept(&connect(common)?, &id)?;
+        }
     } else {
         // A guest that does not answer is not waited for a second time.
         guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
@@ -157,7 +167,8 @@ fn check_root(root: &Path) -> Result<(), Failure> {
 
 fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<Guest, Failure> {
     let server = connect(common)?.growing(wanted.cpus, wanted.memory_mib);
-    let server = if r.keep { server } else { server.leasing() };
+    // Whose id is not out yet nobody else could end.
+    let server = if r.keep { server.leasing_until_kept() } else { server.leasing() };
     let own = own_config(common)?;
     let _progress = Progress::start("waiting for a VM");
     let born = |birth: Birth<'_>| session.hold(birth);

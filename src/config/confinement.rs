@@ -23,8 +23,16 @@ impl Config {
             }
         }
         for key in ["claim_users", "claim_groups"] {
-            if whose == Whose::Server && !self.list(OURS, key).is_empty() {
+            if self.list(OURS, key).is_empty() {
+                continue;
+            }
+            if whose == Whose::Server {
                 let why = "needs `user`: whoever has a VM can do what its QEMU can";
+                return Err(self.wrong(OURS, key, why));
+            }
+            if self.shares_virtiofs() {
+                let why = "can not be used with shared_fs = \"virtio-fs\", in whose directory a \
+                           guest makes files as the host's root: use \"none\"";
                 return Err(self.wrong(OURS, key, why));
             }
         }
@@ -58,6 +66,6 @@ impl Config {
         };
         confine::label::of(self).map_err(|e| self.wrong(OURS, label, e.to_string()))?;
         Admission::of(self).map_err(|(key, why)| self.wrong(OURS, key, why))?;
-        confine::images::check(self).map_err(|e| self.wrong(QEMU, "kernel", e.to_string()))
+        confine::images::check(self).map_err(|(key, why)| self.wrong(QEMU, key, why))
     }
 }

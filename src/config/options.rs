@@ -223,7 +223,7 @@ pub static OPTIONS: [Opt; 63] = [
         "cgroup",
         Text(""),
         "where each VM has a cgroup with limits of memory, processes and CPU time, such as \
-         \"vmcache\"; empty: below the one that systemd delegates, if it does; or none",
+         \"vmcache\", a path below /sys/fs/cgroup; empty: none",
     ),
     opt(OURS, "apparmor_profile", Text(""), "AppArmor's profile for QEMU, loaded already"),
     opt(OURS, "selinux_label", Text(""), "SELinux's label for QEMU"),

@@ -31,7 +31,8 @@ impl Admission {
         let users = found(config, "claim_users", "user", user)?;
         let groups = found(config, "claim_groups", "group", group)?;
         let anybody = users.is_empty() && groups.is_empty();
-        let given = !config.text(OURS, "user").is_empty();
+        // A guest's root writes what it likes into a shared directory, as the host's.
+        let given = !config.text(OURS, "user").is_empty() && !config.shares_virtiofs();
         Ok(Admission { anybody, given, users, groups })
     }
 

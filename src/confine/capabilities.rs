@@ -71,7 +71,10 @@ pub fn keep_the_servers() -> Result<(), caps::errors::CapsError> {
         }
     }
     let kept: CapsHashSet = has.intersection(&wanted).copied().collect();
-    caps::clear(None, CapSet::Inheritable)?;
+    if nix::unistd::geteuid().is_root() {
+        // Another user's server keeps what it was given for its next program.
+        caps::clear(None, CapSet::Inheritable)?;
+    }
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)
 }

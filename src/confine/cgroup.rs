@@ -1,9 +1,9 @@
 //! A cgroup for each VM, of either version: how much memory, how many processes and
 //! how much CPU time QEMU and what stands beside it may take.
 //!
-//! Where: below the directory that `cgroup` names; without it, below the one that
-//! systemd has delegated to the server (`Delegate=yes`), which itself moves into a
-//! leaf beside them.
+//! Where: below the directory that `cgroup` names. Not below the server's own, though
+//! systemd may delegate that: a service whose cgroup has limited children left can not be
+//! started again.
 //!
 //! Invariants: where a VM's cgroups are stands in its directory, so that whoever ends
 //! it removes them, and who makes it larger raises the limit first; a limit that can
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::options::OURS;
 use crate::config::{Accel, Config};
-use crate::vm::private::{self, Writer};
+use crate::vm::private;
 
 /// In a VM's directory: its cgroups, a line each.
 const FILE: &str = "cgroups";
@@ -33,8 +33,6 @@ const THREADS: u32 = 128;
 const PERIOD: u64 = 100_000;
 /// Where cgroups are mounted.
 const MOUNTED: &str = "/sys/fs/cgroup";
-/// The leaf for the server itself.
-const SERVER: &str = "server";
 
 /// The hierarchies of a host that limit what is limited here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,40 +77,9 @@ fn here() -> io::Result<Hierarchy> {
 /// The cgroup below which VMs have theirs, without the mount's path; `None`: nowhere.
 fn base(config: &Config) -> io::Result<Option<PathBuf>> {
     match config.text(OURS, "cgroup") {
-        "none" => Ok(None),
-        "" => Ok(DELEGATED.get().cloned().flatten()),
+        "" => Ok(None),
         path => Ok(Some(path.trim_matches('/').into())),
     }
-}
-
-/// What systemd has delegated to this process.
-static DELEGATED: std::sync::OnceLock<Option<PathBuf>> = std::sync::OnceLock::new();
-
-/// Looks whether systemd has delegated a cgroup to this server, and moves it into a leaf
-/// of it: beside processes, there are no further cgroups.
-pub fn settle_server() {
-    let found = delegated().unwrap_or_else(|e| {
-        log::warn!("cgroup: {e}: VMs get none of their own");
-        None
-    });
-    let _ = DELEGATED.set(found);
-}
-
-fn delegated() -> io::Result<Option<PathBuf>> {
-    let Ok(Hierarchy::Two(mount)) = here() else { return Ok(None) };
-    let text = fs::read_to_string("/proc/self/cgroup")?;
-    let Some(path) = text.lines().find_map(|l| l.strip_prefix("0::/")) else { return Ok(None) };
-    // A server that was restarted in place is in its leaf already.
-    let own = Path::new(path.strip_suffix(&format!("/{SERVER}")).unwrap_or(path));
-    let dir = mount.join(own);
-    let says = |name: &str| matches!(xattr::get(&dir, name), Ok(Some(v)) if v == b"1");
-    if !says("user.delegate") && !says("trusted.delegate") {
-        return Ok(None);
-    }
-    let leaf = dir.join(SERVER);
-    made(&leaf)?;
-    write(&leaf, "cgroup.procs", &std::process::id().to_string())?;
-    Ok(Some(own.to_path_buf()))
 }
 
 fn made(dir: &Path) -> io::Result<()> {
@@ -139,7 +106,12 @@ fn enable(mount: &Path, base: &Path) -> io::Result<()> {
     let mut dir = mount.to_path_buf();
     let steps = base.components().map(|c| Some(c.as_os_str())).chain([None]);
     for step in steps {
-        write(&dir, "cgroup.subtree_control", "+memory +pids +cpu")?;
+        let control = "cgroup.subtree_control";
+        let has = fs::read_to_string(dir.join(control)).unwrap_or_default();
+        // What others have enabled already is theirs, and may not be ours to write.
+        if !["memory", "pids", "cpu"].iter().all(|c| has.split_whitespace().any(|h| h == *c)) {
+            write(&dir, control, "+memory +pids +cpu")?;
+        }
         if let Some(name) = step {
             dir.push(name);
             made(&dir)?;
@@ -201,7 +173,7 @@ pub fn make(config: &Config, id: &str, dir: &Path) -> io::Result<()> {
 
 /// Those of a VM, as its directory says; none that could be somebody else's.
 fn of(dir: &Path) -> Vec<PathBuf> {
-    let read = private::read(dir, FILE, MAX_FILE, Writer::Server);
+    let read = private::read(dir, FILE, MAX_FILE);
     let id = dir.file_name().unwrap_or_default().to_string_lossy();
     let mine = |path: &PathBuf| {
         path.starts_with(MOUNTED)

@@ -27,10 +27,15 @@ const KNOWN: ABI = ABI::V6;
 /// Programs, their libraries and data.
 const PROGRAMS: [&str; 6] = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store"];
 /// What they read beside that.
-const READ: [&str; 6] = [
+const READ: [&str; 10] = [
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
     "/etc/localtime",
+    // For the user network, which asks the host's resolver; a link, often.
+    "/etc/resolv.conf",
+    "/run/systemd/resolve",
+    "/run/NetworkManager",
+    "/run/resolvconf",
     "/etc/qemu",
     "/sys/devices/system",
     "/sys/kernel/mm",

@@ -1,5 +1,5 @@
-//! Kernel and initramfs, which every VM of a pool boots: nobody else may write them,
-//! and they are what their digests say.
+//! Kernel and initramfs, which every VM of a pool boots: not everybody, nor a group of
+//! others, may write them, and they are what their digests say.
 //!
 //! Invariant: looked at before each boot, read again only when a file was replaced or
 //! written since (its [`Stamp`]).
@@ -25,19 +25,43 @@ static KNOWN: Mutex<Option<HashMap<PathBuf, (Stamp, String)>>> = Mutex::new(None
 /// Checks the images that a configuration names.
 ///
 /// # Errors
-/// A sentence with path and remedy.
-pub fn check(config: &Config) -> io::Result<()> {
-    for (path, key) in [(config.kernel(), "kernel_sha256"), (config.initrd(), "initrd_sha256")] {
+/// The option that names it, and a sentence with path and remedy.
+pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
+    let others = !config.text(OURS, "user").is_empty();
+    for (name, path, key) in
+        [("kernel", config.kernel(), "kernel_sha256"), ("initrd", config.initrd(), "initrd_sha256")]
+    {
         one(&path, key, config.text(OURS, key))
-            .map_err(|why| io::Error::new(why.kind(), format!("{}: {why}", path.display())))?;
+            .and_then(|()| if others { readable(&path) } else { Ok(()) })
+            .map_err(|why| (name, format!("{}: {why}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// Whether a user who has no rights can read it.
+fn readable(path: &Path) -> io::Result<()> {
+    let path = fs::canonicalize(path)?;
+    let closed = |p: &Path, bit: u32| Ok::<_, io::Error>(fs::metadata(p)?.mode() & bit == 0);
+    if closed(&path, 0o004)? {
+        return Err(io::Error::other("QEMU's `user` can not read it: `chmod o+r` it"));
+    }
+    for above in path.ancestors().skip(1) {
+        if closed(above, 0o001)? {
+            let text = format!(
+                "QEMU's `user` can not reach it: `chmod o+x {}`, or put it elsewhere",
+                above.display()
+            );
+            return Err(io::Error::other(text));
+        }
     }
     Ok(())
 }
 
 fn one(path: &Path, key: &str, wanted: &str) -> io::Result<()> {
     let meta = fs::metadata(path)?;
-    if meta.mode() & 0o002 != 0 {
-        let text = "everybody may write it, and so into all VMs to come: `chmod o-w` it";
+    let others = meta.gid() != 0 && meta.gid() != nix::unistd::getegid().as_raw();
+    if meta.mode() & 0o002 != 0 || meta.mode() & 0o020 != 0 && others {
+        let text = "others may write it, and so into all VMs to come: `chmod go-w` it";
         return Err(io::Error::other(text));
     }
     if wanted.is_empty() {
@@ -79,7 +103,7 @@ mod tests {
         fs::write(&path, "abc").unwrap();
         chmod(0o666);
         let why = one(&path, "k", "").unwrap_err().to_string();
-        assert!(why.contains("chmod o-w"), "{why}");
+        assert!(why.contains("chmod go-w"), "{why}");
         chmod(0o644);
         one(&path, "k", "").unwrap();
         let abc = "BA7816BF8F01CFEA414140DE5DAE2223B00361A396177A9CB410FF61F20015AD";

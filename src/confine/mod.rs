@@ -68,7 +68,7 @@ impl<'a> Confinement<'a> {
     /// # Errors
     /// As chown(2), and when what is asked for can not be had.
     pub fn of(config: &'a Config, id: &'a str, dir: &'a Path) -> io::Result<Confinement<'a>> {
-        images::check(config)?;
+        images::check(config).map_err(|(_, why)| io::Error::other(why))?;
         let account = user::settle(config, dir)?;
         cgroup::make(config, id, dir)?;
         Ok(Confinement { config, dir, account })
@@ -110,8 +110,9 @@ impl<'a> Confinement<'a> {
         };
         if self.config.flag(OURS, "confine") {
             cage.capabilities = capabilities::of_qemu(self.config);
-            // A label may only be changed by who could get more.
-            cage.no_new_privileges = cage.label.is_none();
+            // A label may only be changed by who could get more; others than root need
+            // the promise for Landlock.
+            cage.no_new_privileges = cage.label.is_none() || !nix::unistd::geteuid().is_root();
             cage.files = files::ruleset(&needs)?;
         }
         Ok(cage)

@@ -71,10 +71,16 @@ impl Whose {
 
 fn account(name: &str) -> Result<Account, String> {
     if let Ok(uid) = name.parse() {
+        if uid == 0 || uid == u32::MAX {
+            return Err("must be another user than root".into());
+        }
         return Ok(Account { uid, gid: uid, groups: Vec::new() });
     }
     let found = User::from_name(name).map_err(|e| e.to_string())?;
     let user = found.ok_or_else(|| format!("this host has no user {name:?}"))?;
+    if user.uid.is_root() {
+        return Err("must be another user than root".into());
+    }
     Ok(Account { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups: Vec::new() })
 }
 
@@ -116,6 +122,7 @@ pub fn let_in(dir: &Path, socket: &Path) -> io::Result<()> {
     if m.mode() & 0o070 == 0 {
         return Ok(());
     }
+    // Made by the server, in a directory in which nobody replaces what is the server's.
     chown(socket, None, Some(m.gid()))?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o770))
 }
@@ -138,7 +145,12 @@ fn free(dir: &Path, first: u32, last: u32) -> io::Result<u32> {
         // First taken, then looked: of two that take it at once, at least one sees it.
         give(dir, id)?;
         let others = fs::read_dir(store)?.flatten().filter(|e| e.path() != dir);
-        let taken = others.filter_map(|e| e.metadata().ok()).any(|m| m.gid() == id);
+        let mut others = others.map(|e| e.metadata());
+        // One that can not be looked at may have any.
+        let taken = others.any(|m| match m {
+            Ok(m) => m.gid() == id,
+            Err(e) => e.kind() != io::ErrorKind::NotFound,
+        });
         if !taken {
             return Ok(id);
         }

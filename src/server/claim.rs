@@ -46,8 +46,7 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
     }
 
     /// Gives a VM, at once or when one comes.
-    pub async fn serve(self, owner: Owner, label: String, pool: Arc<Pool>) {
-        let claimer = Claimer { owner, label };
+    pub async fn serve(self, claimer: Claimer, pool: Arc<Pool>) {
         // Not after the server has said that it ends.
         let taken = if pool.closing() { None } else { pool.take() };
         match taken {
@@ -102,7 +101,11 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         }
         let uid = claimer.owner.uid;
         let own = uid == 0 || uid == nix::unistd::geteuid().as_raw();
-        if let Err(e) = if own { Ok(()) } else { ready.vm.hand_to(uid) } {
+        let handed = match own {
+            true => Ok(()),
+            false => ready.vm.hand_to(uid, claimer.memory_mib),
+        };
+        if let Err(e) = handed {
             let text = format!("hand VM {} to uid {uid}: {e}", ready.vm.id());
             log::error!("claim-refused: {text}");
             self.refuse(RpcStatusCode::INTERNAL, &text).await;
@@ -114,7 +117,7 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         // would take the client's processor.
         let sent = sink.success(answer(message)).await.map_err(|e| e.to_string());
         drop(client);
-        let Claimer { owner, label } = claimer;
+        let Claimer { owner, label, .. } = claimer;
         pool.tell(match sent {
             Ok(()) => Event::Delivered { vm: Delivered::new(vm, owner, label), waited },
             Err(why) => Event::Undelivered { vm: Box::new(vm), why },
@@ -123,7 +126,11 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
 }
 
 /// Who claims.
-struct Claimer {
-    owner: Owner,
-    label: String,
+pub struct Claimer {
+    /// The process.
+    pub owner: Owner,
+    /// What it calls the VM.
+    pub label: String,
+    /// To what it will make its memory grow, MiB; 0 for no more than it has.
+    pub memory_mib: u32,
 }

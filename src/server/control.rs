@@ -10,7 +10,7 @@ use grpcio::{
     Method, MethodType, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
 };
 
-use super::claim::Call;
+use super::claim::{Call, Claimer};
 use super::peers::{Peer, Peers};
 use super::service::{claimer, fail, master, method, succeed};
 use super::Again;
@@ -109,7 +109,8 @@ impl Own {
             }
             let lease = request.lease;
             let owner = Owner { pid, start_time, uid, lease, unconfirmed: true };
-            call.serve(owner, request.label, pool).await;
+            let (label, memory_mib) = (request.label, request.memory_mib);
+            call.serve(Claimer { owner, label, memory_mib }, pool).await;
         });
     }
 

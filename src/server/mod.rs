@@ -37,7 +37,7 @@ use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 use crate::config::options::OURS;
 use crate::config::{self, Config};
 use crate::confine::admission::Admission;
-use crate::confine::{self, capabilities, cgroup};
+use crate::confine::{self, capabilities};
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop, Target, Then};
 use crate::process::reap_all;
@@ -130,7 +130,6 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     if let Err(e) = capabilities::keep_the_servers() {
         log::warn!("drop what capabilities a server does not need: {e}");
     }
-    cgroup::settle_server();
     if config.flag(OURS, "confine") && !confine::files::possible() {
         log::warn!("this kernel has no Landlock: QEMU may open what its user may");
     }

@@ -9,7 +9,7 @@ use grpcio::{
     ServiceBuilder, UnarySink,
 };
 
-use super::claim::Call;
+use super::claim::{Call, Claimer};
 use super::peers::{Peer, Peers};
 use crate::config::Config;
 use crate::factory::cache::pool::Pool;
@@ -156,5 +156,6 @@ fn claim(ctx: &RpcContext<'_>, call: Call<Empty, GrpcVM>, pool: &Arc<Pool>, peer
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
     let Peer { pid, start_time, uid, .. } = peer;
     let owner = Owner { pid, start_time, uid, lease, unconfirmed: false };
-    ctx.spawn(call.serve(owner, String::new(), Arc::clone(pool)));
+    let claimer = Claimer { owner, label: String::new(), memory_mib: 0 };
+    ctx.spawn(call.serve(claimer, Arc::clone(pool)));
 }

@@ -67,10 +67,13 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
                 }
             }
             kept.handed.extend(settle(&path, ledger, dead));
-        } else if ledger.endpoint.is_empty() && dead && (ledger.pid != 0 || old(&ledger)) {
+        } else if ledger.endpoint.is_empty()
+            && (dead && (ledger.pid != 0 || old(&ledger)) || forsaken(&ledger))
+        {
             log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
-            if ledger.pid == 0 {
-                drop(unrecorded(&ledger.id));
+            match ledger.pid {
+                0 => drop(unrecorded(&ledger.id)),
+                pid => drop(Process::adopt(pid, ledger.start_time)),
             }
             drop(ledger.adopt_attendants());
             drop(unrecorded_attendants(&path));
@@ -90,6 +93,12 @@ pub fn end_ready(config: &Config) {
             drop(VmDir::adopt(&path));
         }
     }
+}
+
+/// Whether whoever leased it from nobody has gone: the kernel ends it then, but where its
+/// program changed its label.
+fn forsaken(ledger: &Ledger) -> bool {
+    ledger.owner.is_some_and(|owner| owner.lease && !owner.runs())
 }
 
 /// Whether it was made so long ago that its QEMU, if there were one, had a pid by now.

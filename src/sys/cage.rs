@@ -66,17 +66,18 @@ impl Cage {
             if let Some(kept) = self.capabilities {
                 self.drop_capabilities(kept)?;
             }
+            if self.no_new_privileges {
+                checked(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
+            }
+            // While this is root, who needs no promise for it.
+            if let Some(files) = &self.files {
+                let fd = files.as_raw_fd();
+                checked(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0))?;
+            }
             if let Some(Account { uid, gid, groups }) = &self.account {
                 checked(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
                 checked(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))?;
                 checked(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))?;
-            }
-            if self.no_new_privileges {
-                checked(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
-            }
-            if let Some(files) = &self.files {
-                let fd = files.as_raw_fd();
-                checked(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0))?;
             }
         }
         Ok(())

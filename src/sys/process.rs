@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::ForkResult;
 
+/// How much a process is spared when memory runs out: the less, the more.
+#[cfg(feature = "host")]
+const OOM: &str = "/proc/self/oom_score_adj";
+
 /// Opens a pidfd of a process (Linux 5.3 and later).
 ///
 /// # Errors
@@ -192,7 +196,10 @@ pub fn own_session(
     let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let parent = nix::unistd::getpid();
     let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
-    // SAFETY: setsid, setrlimit, sigprocmask, prctl, close_range and fcntl are system calls
+    // A server that the kernel spares when memory runs out does not mean its VMs.
+    let spared = fs::read_to_string(OOM).ok().and_then(|t| t.trim().parse::<i32>().ok());
+    let spared = spared.is_some_and(|n| n < 0);
+    // SAFETY: open, write, setsid, setrlimit, sigprocmask, prctl, close_range and fcntl are system calls
     // and nothing here allocates.
     unsafe {
         command.pre_exec(move || {
@@ -203,6 +210,12 @@ pub fn own_session(
                 nix::sys::resource::setrlimit(which, most, most)?;
             }
             nix::sys::signal::SigSet::empty().thread_set_mask()?;
+            if spared {
+                let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
+                if fd < 0 || libc::write(fd, b"0".as_ptr().cast(), 1) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
             // Before the next: another user's death is nobody's to be told of.
             cage.enter()?;
             if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 
 use super::frame::{header, write_frame, Deframer, Kind, FILLER, HEADER, MAX_PAYLOAD};
@@ -170,7 +170,14 @@ fn session(
 /// Locks a port; `None` when another client has it.
 fn lock_port(dir: &Path, port: usize) -> Result<Option<Flock<File>>, Error> {
     let path = dir.join(format!("agent.{port}.lock"));
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    // What others may have put there is neither followed nor waited for.
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).mode(0o600).custom_flags(flags.bits());
+    let file = options.open(&path).and_then(|file| match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no file")),
+    });
     let file = file.map_err(|source| Error::Open { path: path.clone(), source })?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),

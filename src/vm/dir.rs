@@ -6,14 +6,18 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{lchown, DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{
+    lchown, DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
 use nix::mount::{umount2, MntFlags};
 use nix::unistd::geteuid;
 
+use super::clearing;
 use crate::confine::cgroup;
+use crate::hypervisor::qemu::argv::AGENT_PORTS;
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
@@ -83,12 +87,21 @@ impl VmDir {
         self.path.join(SHARED).join(ROOT)
     }
 
-    /// Gives directory and sockets, and the locks beside them, to the user who claims the
-    /// VM; what the server wrote there stays the server's.
+    /// Gives the sockets and the locks beside them to the user who claims the VM, who may
+    /// pass through the directory from now on. That stays the server's, so that nothing in
+    /// it is ever replaced by others.
     ///
     /// # Errors
     /// As lchown(2).
     pub fn hand_to(&self, uid: u32) -> io::Result<()> {
+        for port in 0..AGENT_PORTS {
+            let lock = self.path.join(format!("agent.{port}.lock"));
+            let mut options = fs::OpenOptions::new();
+            match options.write(true).create_new(true).mode(0o600).open(lock) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+                _ => {}
+            }
+        }
         for entry in fs::read_dir(&self.path)?.flatten() {
             let meta = entry.metadata()?;
             let lock = entry.path().extension().is_some_and(|e| e == "lock") && meta.nlink() == 1;
@@ -96,7 +109,8 @@ impl VmDir {
                 lchown(entry.path(), Some(uid), None)?;
             }
         }
-        lchown(&self.path, Some(uid), None)
+        let mode = fs::symlink_metadata(&self.path)?.mode() & 0o7777;
+        fs::set_permissions(&self.path, fs::Permissions::from_mode(mode | 0o001))
     }
 
     /// Gives ownership up: the directory stays when this is dropped.
@@ -185,20 +199,21 @@ impl Drop for VmDir {
             return remember(&self.path);
         }
         // Who is just connecting to the agent may add a port's lock meanwhile.
-        let mut removed = fs::remove_dir_all(&self.path);
+        let mut removed = clearing::remove(&self.path);
         for _ in 0..MORE_TRIES {
             match &removed {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    removed = fs::remove_dir_all(&self.path);
+                    removed = clearing::remove(&self.path);
                 }
                 _ => break,
             }
         }
-        let more = self.more.as_ref().map_or(Ok(()), fs::remove_dir_all);
+        let more = self.more.as_ref().map_or(Ok(()), |more| clearing::remove(more));
         if let Err(e) = removed.and(more).or_else(gone) {
             if e.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() {
                 return log::debug!("the server removes {}", self.path.display());
             }
+            // Of one that holds very many files, some are gone; the rest is the next try's.
             log::warn!("remove the VM directory {}: {e}", self.path.display());
             remember(&self.path);
         }

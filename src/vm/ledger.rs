@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
 
-use super::private::{self, Writer};
+use super::private;
 use crate::agent::Kind;
 use crate::process::attendant::{Attendant, Record};
 use crate::sys::process::start_time;
@@ -172,7 +172,7 @@ impl Ledger {
     /// # Errors
     /// When there is no ledger, or it is damaged.
     pub fn read(dir: &Path) -> io::Result<Ledger> {
-        let (bytes, uid) = private::read(dir, FILE, MAX_FILE, Writer::Server)?;
+        let (bytes, uid) = private::read(dir, FILE, MAX_FILE)?;
         let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
         ledger.attendants.retain(|r| may_name(uid, r.pid));
         if ledger.pid != 0 && start_time(ledger.pid).is_some() && !may_name(uid, ledger.pid) {
@@ -230,7 +230,7 @@ fn may_name(uid: u32, pid: i32) -> bool {
 }
 
 fn read_served(dir: &Path) -> Vec<Record> {
-    let Ok((bytes, uid)) = private::read(dir, SERVED, MAX_SERVED, Writer::Claimer) else {
+    let Ok((bytes, uid)) = private::read(dir, SERVED, MAX_SERVED) else {
         return Vec::new();
     };
     let mut all: Vec<Record> = serde_json::from_slice(&bytes).unwrap_or_default();
@@ -239,7 +239,7 @@ fn read_served(dir: &Path) -> Vec<Record> {
 }
 
 fn read_size(dir: &Path) -> Option<(u32, u32)> {
-    let (bytes, _) = private::read(dir, SIZE, MAX_SIZE, Writer::Claimer).ok()?;
+    let (bytes, _) = private::read(dir, SIZE, MAX_SIZE).ok()?;
     let text = String::from_utf8(bytes).ok()?;
     let (cpus, memory) = text.trim_end().split_once(' ')?;
     Some((cpus.parse().ok()?, memory.parse().ok()?))
@@ -280,7 +280,7 @@ impl ClaimNote {
 
     /// The owner that stands in a VM's directory; `None` when there is none.
     fn read(dir: &Path) -> Option<Owner> {
-        let (bytes, _) = private::read(dir, NOTE, MAX_NOTE, Writer::Server).ok()?;
+        let (bytes, _) = private::read(dir, NOTE, MAX_NOTE).ok()?;
         let text = String::from_utf8(bytes).ok()?;
         let mut words = text.strip_suffix('\n')?.split(' ');
         let (pid, start_time) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);

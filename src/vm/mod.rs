@@ -13,6 +13,7 @@
 pub mod attach;
 pub mod birth;
 pub mod boot;
+mod clearing;
 pub mod config;
 mod console;
 pub mod dir;
@@ -35,6 +36,7 @@ use ledger::Ledger;
 
 use crate::agent::address::Address;
 use crate::agent::{self, Agent};
+use crate::confine::cgroup;
 use crate::hypervisor::qemu::argv::VSOCK;
 use crate::hypervisor::qemu::qmp::{self, Qmp, QUICK};
 use crate::hypervisor::qemu::{hotplug, virtio};
@@ -298,11 +300,15 @@ impl Vm {
     /// Kills QEMU and removes the directory; the same as dropping it.
     pub fn destroy(self) {}
 
-    /// Lets the user who claims it use it.
+    /// Lets the user who claims it use it, and make it grow to so much memory, MiB.
     ///
     /// # Errors
-    /// As lchown(2); it must then be destroyed.
-    pub fn hand_to(&self, uid: u32) -> std::io::Result<()> {
+    /// As lchown(2), and when its cgroup refuses; it must then be destroyed.
+    pub fn hand_to(&self, uid: u32, memory_mib: u32) -> std::io::Result<()> {
+        if memory_mib > self.memory_mib() {
+            // The guest's kernel takes memory in pieces.
+            cgroup::limit_memory(self.dir(), Some(memory_mib.saturating_add(resize::BLOCK_MIB)))?;
+        }
         self.dir.hand_to(uid)
     }
 

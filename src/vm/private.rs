@@ -1,10 +1,11 @@
 //! Small files in a VM's directory: read and written so that nobody who may write
 //! there can mislead whoever does.
 //!
-//! Who may: the server (whose the store is), root, and the user to whom the VM was handed, whose the
-//! directory is then. Invariants: no link is followed, nothing but a regular file is
-//! opened, nothing is waited for; a file that another user wrote, or may write, is
-//! none; one that is replaced is a new one, never the old one's contents.
+//! Whose word counts: the server's (whose the store is), root's, and this process's
+//! user's; not that of QEMU's user, who may bind sockets there. Invariants: no link is
+//! followed, nothing but a regular file is opened, nothing is waited for; a file that
+//! another user wrote, or may write, is none; one that is replaced is a new one, never
+//! the old one's contents.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,29 +15,18 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 
-/// Whose word counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Writer {
-    /// The server's: the store's owner, this process's user, or root.
-    Server,
-    /// That, or whoever has the VM.
-    Claimer,
-}
-
 /// What a file says, and the user who wrote it.
 ///
 /// # Errors
 /// As open(2) and read(2); when it is longer than `most` bytes, or not to be trusted.
-pub fn read(dir: &Path, name: &str, most: u64, writer: Writer) -> io::Result<(Vec<u8>, u32)> {
+pub fn read(dir: &Path, name: &str, most: u64) -> io::Result<(Vec<u8>, u32)> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir.join(name))?;
     let meta = file.metadata()?;
     let uid = meta.uid();
     let owner = |path: &Path| fs::symlink_metadata(path).map(|m| m.uid()).ok();
-    let trusted = uid == 0
-        || uid == geteuid().as_raw()
-        || dir.parent().and_then(owner) == Some(uid)
-        || writer == Writer::Claimer && owner(dir) == Some(uid);
+    let trusted =
+        uid == 0 || uid == geteuid().as_raw() || dir.parent().and_then(owner) == Some(uid);
     // One without a name was replaced just now, whole.
     if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() > 1 {
         let mode = meta.mode() & 0o7777;
@@ -85,28 +75,29 @@ mod tests {
     #[test]
     fn what_others_have_changed_is_not_believed_and_nothing_of_theirs_is_overwritten() {
         assert!(geteuid().is_root(), "this test gives files to others: run it as root");
-        let dir = std::env::temp_dir().join(format!("vmcache-private-{}", std::process::id()));
+        let store = std::env::temp_dir().join(format!("vmcache-private-{}", std::process::id()));
+        let dir = store.join("vm");
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("f");
-        let server = || read(&dir, "f", 8, Writer::Server);
-        let claimer = || read(&dir, "f", 8, Writer::Claimer);
+        let said = || read(&dir, "f", 8);
         replace(&dir, "f", b"word").unwrap();
-        assert_eq!(server().unwrap(), (b"word".to_vec(), 0));
+        assert_eq!(said().unwrap(), (b"word".to_vec(), 0));
         replace(&dir, "f", b"nine bytes").unwrap();
-        assert!(server().is_err(), "too long");
+        assert!(said().is_err(), "too long");
 
         replace(&dir, "f", b"word").unwrap();
         fs::hard_link(&path, dir.join("g")).unwrap();
-        assert!(server().is_err(), "it has another name");
+        assert!(said().is_err(), "it has another name");
         fs::remove_file(dir.join("g")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        assert!(server().is_err(), "all may write it");
+        assert!(said().is_err(), "all may write it");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         chown(&path, Some(1234), None).unwrap();
-        assert!(server().is_err() && claimer().is_err(), "it is another's");
+        assert!(said().is_err(), "it is another's");
         chown(&dir, Some(1234), None).unwrap();
-        assert_eq!(claimer().unwrap().1, 1234);
-        assert!(server().is_err());
+        assert!(said().is_err(), "who has the directory alone");
+        chown(&store, Some(1234), None).unwrap();
+        assert_eq!(said().unwrap().1, 1234, "the server's");
 
         let theirs = dir.join("theirs");
         fs::write(&theirs, "kept").unwrap();
@@ -114,12 +105,12 @@ mod tests {
             let _ = fs::remove_file(dir.join(name));
             symlink(&theirs, dir.join(name)).unwrap();
         }
-        assert!(server().is_err(), "a link");
+        assert!(said().is_err(), "a link");
         replace(&dir, "f", b"word").unwrap();
         assert_eq!(fs::read(&theirs).unwrap(), b"kept");
         fs::remove_file(&path).unwrap();
         nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
-        assert!(server().is_err(), "nobody writes into it, and nobody waits for that");
-        fs::remove_dir_all(&dir).unwrap();
+        assert!(said().is_err(), "nobody writes into it, and nobody waits for that");
+        fs::remove_dir_all(&store).unwrap();
     }
 }

@@ -33,13 +33,14 @@ fn main() -> ExitCode {
     let Some(prepared) = daemon::prepared() else { return ExitCode::SUCCESS };
     let share = std::env::var("VMCACHE_CHAOS").ok().map_or(SHORT, |n| n.parse().unwrap());
     let times = |all: u32| (all * share).div_ceil(100);
-    let rows: [(&str, u32, Fault); 12] = [
+    let rows: [(&str, u32, Fault); 13] = [
         ("clients SIGKILLed in a claim", times(1000), rows::clients),
         ("QEMUs SIGKILLed", times(200), rows::qemus_killed),
         ("servers SIGKILLed under load", times(100), rows::servers),
         ("servers restarted under load", times(50), rows::restarts),
         ("QEMU can not be started", times(10), rows::unstartable),
         ("run directory full", times(20), rows::no_room),
+        ("run directory forbidden (EACCES)", times(20), hosts::forbidden),
         ("no file descriptors left", times(10), rows::no_fds),
         ("QEMUs SIGSTOPped", times(20), rows::stopped),
         ("no more processes (RLIMIT_NPROC)", times(10), hosts::no_processes),

@@ -257,10 +257,7 @@ fn each_vm_has_a_cgroup_with_limits_that_goes_with_it() {
     daemon.ok(&["stop", id]);
     assert!(groups.iter().all(|g| !g.exists()));
     assert_nothing_left(&daemon.quit().0);
-    for group in groups {
-        let _ = fs::remove_dir(group.parent().unwrap());
-        assert!(!group.parent().unwrap().exists(), "a VM's cgroup is left in it");
-    }
+    no_cgroups(&name);
 }
 
 /// Our program, where everybody may execute it.
@@ -290,6 +287,8 @@ fn processes_of_other_users_are_refused_or_have_a_vm_that_is_theirs() {
 
     let (mut options, dir) = pool(&prepared, 1);
     options.more_ours += "socket_mode = \"0666\"\nclaim_users = [\"232000\"]\n";
+    let group = dir.0.file_name().unwrap().to_str().unwrap().to_string();
+    options.more_ours += &format!("cgroup = {group:?}\n");
     let daemon = Daemon::launch(&options, dir);
     daemon.wait_ready(1);
     let refused = |uid: u32, args: &[&str], words: &str| {
@@ -308,6 +307,10 @@ fn processes_of_other_users_are_refused_or_have_a_vm_that_is_theirs() {
     let out = as_user(&daemon, 232_000, &["run", "--", "echo", "mine"]);
     assert_eq!(text(&out.stdout), "mine\n", "{}{}", text(&out.stderr), daemon.log());
     daemon.wait_ready(1);
+    // Larger, with a limit of memory that only the server can raise.
+    let out = as_user(&daemon, 232_000, &["run", "--memory", "3000", "--", "echo", "large"]);
+    assert_eq!(text(&out.stdout), "large\n", "{}{}", text(&out.stderr), daemon.log());
+    daemon.wait_ready(1);
 
     let out = as_user(&daemon, 232_000, &["get"]);
     let id = text(&out.stdout).trim().to_string();
@@ -323,10 +326,20 @@ fn processes_of_other_users_are_refused_or_have_a_vm_that_is_theirs() {
     assert!(out.status.success(), "{}", text(&out.stderr));
     wait_for("its end", || !daemon.store().join(&id).exists());
     assert_nothing_left(&daemon.quit().0);
+    no_cgroups(&group);
+}
+
+/// The empty cgroup in which VMs had theirs goes, and it is empty.
+fn no_cgroups(name: &str) {
+    for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let base = hierarchy.path().join(name);
+        let _ = fs::remove_dir(&base);
+        assert!(!base.exists(), "a VM's cgroup is left in {}", base.display());
+    }
 }
 
 #[test]
-fn what_a_claimer_writes_into_its_vms_directory_ends_nobody_elses_process() {
+fn a_claimer_changes_nothing_in_its_vms_directory() {
     let prepared = require_qemu!();
     let (mut options, dir) = pool(&prepared, 1);
     options.more_ours += "socket_mode = \"0666\"\nclaim_users = [\"232001\"]\n";
@@ -338,20 +351,24 @@ fn what_a_claimer_writes_into_its_vms_directory_ends_nobody_elses_process() {
     wait_for("the ledger to say so", || {
         fs::read_to_string(vm.join("vm.json")).is_ok_and(|t| t.contains("\"handed\""))
     });
-    // A process of root's, named as one that serves the VM; a ledger that is a link.
+    // A process of root's, named as one that serves the VM; a ledger of before, or a link.
     let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
-    let pid = bystander.id();
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let started = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().to_string();
-    let script = format!(
-        "cd {} && echo '[{{\"role\":\"proxy\",\"pid\":{pid},\"start_time\":{started}}}]' > served && \
-         chmod 644 served && ln -s {} vm.json.new",
-        vm.display(),
-        daemon.config.display()
-    );
-    let mut shell = Command::new("/bin/sh");
-    let done = shell.args(["-c", &script]).uid(232_001).gid(232_001).status().unwrap();
-    assert!(done.success());
+    let serves = format!("[{{\"role\":\"proxy\",\"pid\":{},\"start_time\":0}}]", bystander.id());
+    for attempt in [
+        format!("echo '{serves}' >served"),
+        "mv vm.json kept".into(),
+        "rm -f claim && test ! -e claim".into(),
+        "rm -f cgroups vm.json; test ! -e vm.json".into(),
+        format!("ln -s {} vm.json.new", daemon.config.display()),
+        "chgrp 232001 .".into(),
+        "mkdir deep".into(),
+        "chmod 777 .".into(),
+    ] {
+        let script = format!("cd {} && {attempt}", vm.display());
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", &script]).uid(232_001).gid(232_001).stderr(std::process::Stdio::null());
+        assert!(!shell.status().unwrap().success(), "{attempt}");
+    }
     let config = fs::read(&daemon.config).unwrap();
     // Found by the next server, and ended.
     daemon.signal(nix::sys::signal::Signal::SIGKILL);

@@ -1,0 +1,130 @@
+//! Removing a directory that a guest, or another user, may have filled: however deep,
+//! and a bounded number of files at a time.
+//!
+//! Invariants: nothing recurses, and a few fds are open whatever the depth (a directory
+//! in a directory is moved up first); no link is followed; what is mounted there stops it.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use nix::dir::{Dir, Type};
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
+use nix::fcntl::{open, openat, renameat, OFlag};
+use nix::sys::stat::{fstatat, Mode};
+use nix::unistd::{unlinkat, UnlinkatFlags};
+
+/// Files and directories that one try removes: a moment's work.
+const MOST: usize = 50_000;
+
+/// Removes it.
+///
+/// # Errors
+/// As the system calls'; [`io::ErrorKind::QuotaExceeded`] when there is more to be
+/// removed, by trying again.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let top = open(path, flags, Mode::empty())?;
+    let mut left = MOST;
+    let mut moved = 0u64;
+    loop {
+        let names = entries(top.as_fd(), MOST)?;
+        if names.is_empty() {
+            break;
+        }
+        for (name, directory) in names {
+            left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
+            if !directory {
+                unlinkat(&top, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+                continue;
+            }
+            let inner = openat(&top, name.as_c_str(), flags, Mode::empty())?;
+            for (below, directory) in entries(inner.as_fd(), left + 1)? {
+                left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
+                if !directory {
+                    unlinkat(&inner, below.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+                    continue;
+                }
+                loop {
+                    let up = CString::new(format!(".moved-{moved}"))?;
+                    moved += 1;
+                    // One of that name may be left of an earlier try.
+                    if fstatat(&top, up.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
+                        == Err(Errno::ENOENT)
+                    {
+                        renameat(&inner, below.as_c_str(), &top, up.as_c_str())?;
+                        break;
+                    }
+                }
+            }
+            unlinkat(&top, name.as_c_str(), UnlinkatFlags::RemoveDir)?;
+        }
+    }
+    std::fs::remove_dir(path)
+}
+
+/// Names, and whether they are directories; at most so many.
+fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> io::Result<Vec<(CString, bool)>> {
+    let own =
+        openat(dir, c".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let mut found = Vec::new();
+    for entry in Dir::from_fd(own)?.iter() {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let directory = match entry.file_type() {
+            Some(kind) => kind == Type::Directory,
+            None => {
+                let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR
+            }
+        };
+        found.push((name.to_owned(), directory));
+        if found.len() >= most {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn deep_and_wide_trees_go_and_links_are_not_followed() {
+        let base = std::env::temp_dir().join(format!("vmcache-clearing-{}", std::process::id()));
+        let (tree, kept) = (base.join("tree"), base.join("kept"));
+        fs::create_dir_all(&kept).unwrap();
+        fs::write(kept.join("file"), "").unwrap();
+        fs::create_dir(&tree).unwrap();
+        symlink(&kept, tree.join("link")).unwrap();
+        fs::write(tree.join(".moved-0"), "").unwrap();
+        // Deeper than any path can be.
+        let mut inner = open(&tree, OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..6000 {
+            nix::sys::stat::mkdirat(&inner, "d", Mode::S_IRWXU).unwrap();
+            inner = openat(&inner, "d", OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        }
+        drop(inner);
+        // On a small stack, as threads here have.
+        let path = tree.clone();
+        let removed = crate::worker::Worker::spawn("vmc-removes", move || remove(&path)).unwrap();
+        removed.join(std::time::Duration::from_secs(60)).unwrap().unwrap();
+        assert!(!tree.exists() && kept.join("file").exists());
+
+        fs::create_dir(&tree).unwrap();
+        for n in 0..MOST + 10 {
+            fs::write(tree.join(n.to_string()), "").unwrap();
+        }
+        assert_eq!(remove(&tree).unwrap_err().kind(), io::ErrorKind::QuotaExceeded);
+        remove(&tree).unwrap();
+        fs::remove_dir_all(&base).unwrap();
+    }
+}
