@@ -23,6 +23,8 @@ use crate::hypervisor::qemu::argv::AGENT_PORTS;
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
 /// A root file system for one command, mounted in what the guest sees.
 const ROOT: &str = "vmcache-root";
+/// The directory in it of another user to whom it was handed.
+const CLIENT: &str = "client";
 /// Tries to remove a directory to which others add files.
 const MORE_TRIES: usize = 8;
 
@@ -109,8 +111,20 @@ impl VmDir {
                 lchown(entry.path(), Some(uid), None)?;
             }
         }
+        let own = self.path.join(CLIENT);
+        DirBuilder::new().mode(0o700).create(&own)?;
+        lchown(&own, Some(uid), None)?;
         let mode = fs::symlink_metadata(&self.path)?.mode() & 0o7777;
         fs::set_permissions(&self.path, fs::Permissions::from_mode(mode | 0o001))
+    }
+
+    /// Where whoever has the VM writes things down.
+    pub fn notes(&self) -> PathBuf {
+        let own = self.path.join(CLIENT);
+        match fs::symlink_metadata(&own).is_ok_and(|m| m.is_dir()) {
+            true => own,
+            false => self.path.clone(),
+        }
     }
 
     /// Gives ownership up: the directory stays when this is dropped.
@@ -173,6 +187,17 @@ fn gone(e: io::Error) -> io::Result<()> {
     }
 }
 
+impl VmDir {
+    /// Another user's server removes what this process may not.
+    fn servers(&self, e: io::Error) -> io::Result<()> {
+        if e.kind() != io::ErrorKind::PermissionDenied || geteuid().is_root() {
+            return Err(e);
+        }
+        log::debug!("the server removes {}: {e}", self.path.display());
+        Ok(())
+    }
+}
+
 impl Drop for VmDir {
     fn drop(&mut self) {
         if self.let_go {
@@ -194,7 +219,8 @@ impl Drop for VmDir {
             return remember(&self.path);
         }
         // Of a QEMU that is still ending: tried again.
-        if let Err(e) = cgroup::remove(&self.path) {
+        let removed = cgroup::remove(&self.path);
+        if let Err(e) = removed.or_else(|e| self.servers(e)) {
             log::warn!("remove the cgroup of the VM directory {}: {e}", self.path.display());
             return remember(&self.path);
         }
@@ -209,10 +235,7 @@ impl Drop for VmDir {
             }
         }
         let more = self.more.as_ref().map_or(Ok(()), |more| clearing::remove(more));
-        if let Err(e) = removed.and(more).or_else(gone) {
-            if e.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() {
-                return log::debug!("the server removes {}", self.path.display());
-            }
+        if let Err(e) = removed.and(more).or_else(gone).or_else(|e| self.servers(e)) {
             // Of one that holds very many files, some are gone; the rest is the next try's.
             log::warn!("remove the VM directory {}: {e}", self.path.display());
             remember(&self.path);

@@ -312,6 +312,11 @@ impl Vm {
         self.dir.hand_to(uid)
     }
 
+    /// Where whoever has it writes things down.
+    pub fn notes(&self) -> std::path::PathBuf {
+        self.dir.notes()
+    }
+
     /// Whether only its server can end it: its processes are not this user's.
     pub fn is_servers(&self) -> bool {
         self.process.is_anothers()

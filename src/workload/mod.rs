@@ -33,6 +33,7 @@ use crate::agent::{self, Agent, Kind, ListFormat, ProcessId};
 use crate::proto::agent::{
     CreateContainerRequest, CreateSandboxRequest, StatsContainerResponse, Storage,
 };
+use crate::vm::private;
 use crate::vm::{identity, Vm};
 
 /// Name of the container in which [`Guest::spawn`] runs the first command.
@@ -45,6 +46,9 @@ const OWN_ROOT: &str = "/";
 pub const WRITING_OUT: Duration = Duration::from_secs(120);
 /// Beside a VM's ledger: which container later commands join.
 const NOTE: &str = "workload.json";
+
+/// Largest such note, in bytes.
+const MAX_NOTE: u64 = 4096;
 
 /// What later commands need to know of the VM's workload.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -69,7 +73,7 @@ pub fn holds_disks(vm: &Vm) -> bool {
 }
 
 fn note(vm: &Vm) -> Option<Note> {
-    let bytes = std::fs::read(vm.dir().join(NOTE)).ok()?;
+    let (bytes, _) = private::read(&vm.notes(), NOTE, MAX_NOTE).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -150,13 +154,10 @@ impl Guest {
         };
         self.rooted(&note)?;
         self.start_sandbox()?;
-        let path = self.vm.dir().join(NOTE);
+        let dir = self.vm.notes();
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
-        std::fs::write(&path, bytes).map_err(|source| Error::Io {
-            during: "write",
-            path: path.clone(),
-            source,
-        })?;
+        let failed = |source| Error::Io { during: "write", path: dir.join(NOTE), source };
+        private::replace(&dir, NOTE, &bytes).map_err(failed)?;
         self.launch(command, &note, self.attached.storages(root))
     }
 

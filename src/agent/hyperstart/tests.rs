@@ -137,7 +137,9 @@ fn a_session_that_was_captured_runs_again() {
     assert_eq!(session.wait(&c5, Some(SOON)).unwrap(), 0);
     // The guest is gone now.
     let e = session.call(Code::Ping, &[], SOON).unwrap_err();
-    assert!(e.to_string().contains("ended"), "{e}");
+    // Told by whoever notices first.
+    let told = e.to_string();
+    assert!(told.contains("ended") || told.contains("Broken pipe"), "{told}");
 }
 
 /// A scripted guest that answers each command with `answer`, and tells what it got.
