@@ -42,6 +42,14 @@ pub fn memory_pressure() -> Option<f64> {
     stalled(&std::fs::read_to_string("/proc/pressure/memory").ok()?)
 }
 
+/// Memory of this process that is in memory, bytes; 0 where /proc does not tell.
+pub fn resident_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    let kib: Option<u64> = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
+    kib.unwrap_or(0) * 1024
+}
+
 fn stalled(text: &str) -> Option<f64> {
     let some = text.lines().find_map(|l| l.strip_prefix("some "))?;
     some.split(' ').find_map(|w| w.strip_prefix("avg10="))?.parse().ok()

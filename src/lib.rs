@@ -84,6 +84,8 @@ pub mod confine;
 #[cfg(feature = "host")]
 pub mod digest;
 #[cfg(feature = "host")]
+pub mod doctor;
+#[cfg(feature = "host")]
 pub mod factory;
 #[cfg(feature = "faults")]
 pub mod faults;

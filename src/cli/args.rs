@@ -91,6 +91,8 @@ pub enum Command {
     Agent(AgentCommand),
     /// Carry connections to an agent of Kata 1.x on a VM's serial port (servers start it)
     Proxy(Proxy),
+    /// See whether this host can do what its configuration asks for; boots a guest
+    Doctor(Doctor),
     /// Measure the server: claims, runs, refill, with ratios and a histogram
     Bench(Bench),
     /// Kata's names for serve, status and quit; without a cache, for the template's
@@ -114,12 +116,27 @@ pub struct Json {
 }
 
 #[derive(Args, Debug)]
+pub struct Doctor {
+    #[command(flatten)]
+    pub json: Json,
+    /// Boot no guest
+    #[arg(long)]
+    pub no_boot: bool,
+}
+
+#[derive(Args, Debug)]
 pub struct Status {
     #[command(flatten)]
     pub json: Json,
     /// Show it again every second
     #[arg(long)]
     pub watch: bool,
+    /// Print OpenMetrics
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
+    pub openmetrics: bool,
+    /// Put that into a file, such as /var/lib/node_exporter/vmcache.prom, whole
+    #[arg(long, value_name = "FILE", requires = "openmetrics")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Args, Clone, Copy, Debug)]

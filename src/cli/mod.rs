@@ -10,7 +10,9 @@ mod bench;
 mod claimed;
 mod config;
 mod copy;
+mod doctor;
 mod logging;
+mod metrics;
 mod mkinitrd;
 mod output;
 mod progress;
@@ -89,6 +91,7 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Resume(o) => claimed::resume(&common, &o),
         Command::Stop(m) => claimed::stop(&common, &m),
         Command::List(j) => claimed::list(&common, j),
+        Command::Doctor(d) => doctor::doctor(&common, &d),
         Command::Bench(b) => bench::bench(&common, &b),
         Command::Mkinitrd(m) => mkinitrd::mkinitrd(&m),
         Command::Agent(a) => agent::agent(&a),

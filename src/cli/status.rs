@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::args::{Common, Status};
+use super::metrics;
 use super::output::{age, table, Failure, FAILED};
 use super::progress::Progress;
 use super::{connect, Outcome};
@@ -21,6 +22,15 @@ const RESTART: Duration = Duration::from_secs(60);
 /// Prints the status, once or again and again.
 pub fn status(common: &Common, s: &Status) -> Outcome {
     let server = connect(common)?;
+    if s.openmetrics {
+        let text = metrics::openmetrics(&server.fetch_details()?);
+        let Some(file) = &s.output else {
+            print!("{text}");
+            return Ok(0);
+        };
+        let failed = |e| Failure::new(FAILED, format!("write {}: {e}", file.display()));
+        return metrics::write(file, &text).map(|()| 0).map_err(failed);
+    }
     loop {
         let text = look(&server, s.json.json)?;
         if s.watch && std::io::stdout().is_terminal() {
@@ -128,6 +138,9 @@ fn render(v: &Value) -> String {
         let list: Vec<String> =
             counters.iter().map(|(k, n)| format!("{} {n}", k.replace('_', " "))).collect();
         out.push_str(&format!("since  {}\n", list.join(", ")));
+    }
+    for thread in v["stuck"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        out.push_str(&format!("stuck: {thread}\n"));
     }
     if let Some(error) = v["last_error"].as_str() {
         out.push_str(&format!("last error: {error}\n"));

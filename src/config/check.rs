@@ -271,7 +271,7 @@ impl Config {
     ///
     /// # Errors
     /// With the sum.
-    fn check_room(&self) -> Result<(), Error> {
+    pub fn check_room(&self) -> Result<(), Error> {
         let (n, guest) = (self.pool as u64, u64::from(self.memory()));
         let huge = self.flag(QEMU, "enable_hugepages");
         // Clones share what they have not written, which is most.

@@ -36,6 +36,11 @@ impl Admission {
         Ok(Admission { anybody, given, users, groups })
     }
 
+    /// Whether VMs are given to others than root and the server's user at all.
+    pub fn gives(&self) -> bool {
+        self.given
+    }
+
     /// Whether a process of this user, with these groups, may.
     pub fn allows(&self, uid: u32, groups: &[u32]) -> bool {
         let named = || self.users.contains(&uid) || groups.iter().any(|g| self.groups.contains(g));

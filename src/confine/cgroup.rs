@@ -75,10 +75,10 @@ fn here() -> io::Result<Hierarchy> {
 }
 
 /// The cgroup below which VMs have theirs, without the mount's path; `None`: nowhere.
-fn base(config: &Config) -> io::Result<Option<PathBuf>> {
+fn base(config: &Config) -> Option<PathBuf> {
     match config.text(OURS, "cgroup") {
-        "" => Ok(None),
-        path => Ok(Some(path.trim_matches('/').into())),
+        "" => None,
+        path => Some(path.trim_matches('/').into()),
     }
 }
 
@@ -134,7 +134,7 @@ fn most(memory_mib: u64, translated: bool) -> u64 {
 /// # Errors
 /// When a limit can not be set; names the file.
 pub fn make(config: &Config, id: &str, dir: &Path) -> io::Result<()> {
-    let Some(base) = base(config)? else { return Ok(()) };
+    let Some(base) = base(config) else { return Ok(()) };
     let name = name(id);
     let memory = most(config.memory().into(), config.accel == Accel::Tcg).to_string();
     let threads = (THREADS + config.max_cpus()).to_string();

@@ -12,6 +12,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use futures_util::Stream;
 use grpcio::{ClientStreamingSink, RequestStream, RpcStatus, RpcStatusCode};
@@ -47,22 +48,23 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
 
     /// Gives a VM, at once or when one comes.
     pub async fn serve(self, claimer: Claimer, pool: Arc<Pool>) {
+        let since = Instant::now();
         // Not after the server has said that it ends.
         let taken = if pool.closing() { None } else { pool.take() };
         match taken {
-            Some(ready) => self.deliver(ready, claimer, &pool, false).await,
+            Some(ready) => self.deliver(ready, claimer, &pool, (false, since)).await,
             None if pool.closing() => {
                 self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
             }
             None => match pool.stand_in_line(claimer.owner.uid) {
-                Ok(place) => self.wait(&place, claimer, &pool).await,
+                Ok(place) => self.wait(&place, claimer, &pool, since).await,
                 Err(full) => self.refuse(RpcStatusCode::RESOURCE_EXHAUSTED, &full).await,
             },
         }
     }
 
     /// Waits in line, until there is an answer or the client has gone.
-    async fn wait(mut self, place: &Arc<Place>, claimer: Claimer, pool: &Pool) {
+    async fn wait(mut self, place: &Arc<Place>, claimer: Claimer, pool: &Pool, since: Instant) {
         let answer = poll_fn(|cx| {
             // An error is the client's cancellation, its deadline, or its end. It
             // comes only when it is asked for: the driver has every place asked
@@ -76,7 +78,7 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         })
         .await;
         match answer.or_else(|| place.leave().map(Answer::returned)) {
-            Some(Answer::Vm(ready)) => self.deliver(ready, claimer, pool, true).await,
+            Some(Answer::Vm(ready)) => self.deliver(ready, claimer, pool, (true, since)).await,
             Some(Answer::Closing) => {
                 self.refuse(RpcStatusCode::UNAVAILABLE, pool.farewell()).await;
             }
@@ -86,8 +88,15 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         }
     }
 
-    /// Sends a VM to its claimer and tells the driver what became of it.
-    async fn deliver(self, ready: Box<Ready>, claimer: Claimer, pool: &Pool, waited: bool) {
+    /// Sends a VM to its claimer and tells the driver what became of it: whether the claim
+    /// had stood in line, and since when it is there.
+    async fn deliver(
+        self,
+        ready: Box<Ready>,
+        claimer: Claimer,
+        pool: &Pool,
+        (waited, since): (bool, Instant),
+    ) {
         if let Err(e) = ready.note.write(&claimer.owner) {
             let text = format!("write the ledger of VM {}: {e}", ready.vm.id());
             log::error!("claim-refused: {text}");
@@ -119,7 +128,11 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         drop(client);
         let Claimer { owner, label, .. } = claimer;
         pool.tell(match sent {
-            Ok(()) => Event::Delivered { vm: Delivered::new(vm, owner, label), waited },
+            Ok(()) => Event::Delivered {
+                vm: Delivered::new(vm, owner, label),
+                waited,
+                took: since.elapsed(),
+            },
             Err(why) => Event::Undelivered { vm: Box::new(vm), why },
         });
     }

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT stop the server, SIGUSR2 restarts it in place, SIGUSR1 ends it and
+//! SIGTERM and SIGINT stop the server, SIGHUP and SIGUSR2 restart it in place, SIGUSR1 ends it and
 //! leaves its VMs to the next one: events of the driver.
 
 use std::io;
@@ -36,11 +36,9 @@ impl Signals {
         let pool = Arc::clone(pool);
         Worker::spawn("vmc-signals", move || loop {
             match self.0.wait() {
-                Ok(Signal::SIGHUP) => {
-                    log::warn!("SIGHUP: this version does not reload; restart it to change its configuration");
-                }
-                Ok(Signal::SIGUSR2) => {
-                    if let Err(why) = super::restart(&pool, &*again, "SIGUSR2") {
+                // A configuration is taken up by a restart in place, if it is good.
+                Ok(signal @ (Signal::SIGHUP | Signal::SIGUSR2)) => {
+                    if let Err(why) = super::restart(&pool, &*again, signal.as_str()) {
                         log::error!("restart-refused: {why}; this server goes on");
                     }
                 }

@@ -190,7 +190,9 @@ fn gone(e: io::Error) -> io::Result<()> {
 impl VmDir {
     /// Another user's server removes what this process may not.
     fn servers(&self, e: io::Error) -> io::Result<()> {
-        if e.kind() != io::ErrorKind::PermissionDenied || geteuid().is_root() {
+        let store = self.path.parent().and_then(|p| fs::metadata(p).ok());
+        let own = store.is_none_or(|m| m.uid() == geteuid().as_raw()) || geteuid().is_root();
+        if e.kind() != io::ErrorKind::PermissionDenied || own {
             return Err(e);
         }
         log::debug!("the server removes {}: {e}", self.path.display());

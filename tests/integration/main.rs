@@ -15,6 +15,7 @@
 //! | `transports` | our agent walks it, over each transport |
 //! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
 //! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
+//! | `doctor`    | what a host lacks; what a server counts, as OpenMetrics |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
@@ -43,6 +44,7 @@ mod conformance;
 mod control;
 mod daemon;
 mod deaths;
+mod doctor;
 mod faults;
 mod guest;
 mod hostile;

@@ -156,12 +156,14 @@ fn the_pc_machine_works_too_and_systemd_is_told() {
         let n = notify.recv(&mut bytes).unwrap();
         text(&bytes[..n])
     };
+    assert_eq!(hear(), "FDSTORE=1\nFDNAME=vmcache-socket");
     assert!(hear().starts_with("READY=1"));
     let out = vmcache(&config).args(["run", "--", "uname", "-s"]).output().unwrap();
     assert_eq!(text(&out.stdout), "Linux\n", "{}", text(&out.stderr));
     assert!(vmcache(&config).arg("quit").status().unwrap().success());
     assert!(wait_child(&mut server).success());
     assert_eq!(hear(), "STOPPING=1");
+    assert_eq!(hear(), "FDSTOREREMOVE=1\nFDNAME=vmcache-socket");
     assert_nothing_left(&dir.0);
 }
 

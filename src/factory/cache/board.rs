@@ -7,6 +7,7 @@ use std::time::Instant;
 use serde_derive::Serialize;
 use serde_json::{json, Value};
 
+use super::measures::Histogram;
 use crate::vm::ledger::State;
 use crate::vm::Vm;
 
@@ -88,6 +89,12 @@ pub struct Facts {
     pub counters: Counters,
     /// VMs by QEMU's pid.
     pub vms: BTreeMap<i32, Seen>,
+    /// From a claim's coming to its client's having the VM.
+    pub claim: Histogram,
+    /// Until a VM is ready, booted and cloned.
+    pub made: [Histogram; 2],
+    /// Boots that failed, by their phase.
+    pub failures: BTreeMap<&'static str, u64>,
     /// Why no VM is made, although some are missing.
     pub held: Option<String>,
     /// Threads that do not come to an end of what they do.
@@ -146,6 +153,13 @@ impl Board {
             },
             "counters": facts.counters,
             "vms": vms,
+            "latency": {
+                "claim": facts.claim.json(),
+                "direct": facts.made[0].json(),
+                "template": facts.made[1].json(),
+            },
+            "failures": facts.failures,
+            "memory_bytes": crate::host::resident_bytes(),
             "stuck": facts.stuck,
             "last_error": facts.last_error,
         })

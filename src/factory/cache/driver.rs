@@ -229,7 +229,7 @@ impl Driver {
             Event::Gone(place) => self.gone(&place),
             Event::Returned(ready) => self.returned(ready),
             Event::Dead(ready) => self.died(*ready, "is dead: QEMU has ended"),
-            Event::Delivered { vm, waited } => self.delivered(vm, waited),
+            Event::Delivered { vm, waited, took } => self.delivered(vm, waited, took),
             Event::Undelivered { vm, why } => self.undelivered(*vm, &why),
             Event::Started { job, pid, id, pidfd } => self.started(job, pid, id, pidfd),
             Event::Booted { job, result } => self.booted(job, result),
@@ -255,6 +255,8 @@ impl Driver {
         {
             let mut facts = self.pool.board.facts();
             facts.counters.boots += 1;
+            let clone = usize::from(self.source == "template");
+            facts.made[clone].add(since.elapsed());
             facts.vms.insert(pid, seen);
         }
         log::info!(

@@ -10,7 +10,7 @@
 //! Files: [`driver`] the loop, [`policy`] its decisions (pure), [`claim`] a
 //! place in the `line`, [`pool`] what handlers and driver share, [`watch`] the
 //! pidfds, [`making`] the boot workers, [`resting`] what is done for VMs that
-//! wait, [`board`] what status shows.
+//! wait, [`board`] what status shows, [`measures`] how long things take.
 //!
 //! Invariants: a ready VM is in exactly one place: the ready channel, a claim's
 //! place, or a handler's hands. Claims of one user are served in the order in
@@ -21,6 +21,7 @@ pub mod claim;
 pub mod driver;
 mod line;
 pub mod making;
+pub mod measures;
 pub mod policy;
 pub mod pool;
 pub mod resting;

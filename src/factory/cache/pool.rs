@@ -66,8 +66,8 @@ pub enum Event {
     Returned(Box<Ready>),
     /// A handler found this VM dead as it took it.
     Dead(Box<Ready>),
-    /// The client has the VM; `waited` when it had stood in line for it.
-    Delivered { vm: Delivered, waited: bool },
+    /// The client has the VM, after so long; `waited` when it had stood in line for it.
+    Delivered { vm: Delivered, waited: bool, took: Duration },
     /// The client may or may not have it: it must be destroyed.
     Undelivered { vm: Box<Vm>, why: String },
     /// A worker started QEMU.

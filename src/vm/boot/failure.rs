@@ -32,6 +32,24 @@ pub enum Phase {
     Ready,
 }
 
+impl Phase {
+    /// A word for it, which stays.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Template => "template",
+            Phase::Directory => "directory",
+            Phase::Attendant => "attendant",
+            Phase::Confinement => "confinement",
+            Phase::Spawn => "spawn",
+            Phase::Monitor => "monitor",
+            Phase::Guest => "guest",
+            Phase::State => "state",
+            Phase::Identity => "identity",
+            Phase::Ready => "ready",
+        }
+    }
+}
+
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

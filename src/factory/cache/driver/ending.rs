@@ -20,7 +20,7 @@ impl Driver {
     fn last_events(&mut self) {
         while let Ok(event) = self.ends.events.try_recv() {
             match event {
-                Event::Delivered { vm, waited } => self.delivered(vm, waited),
+                Event::Delivered { vm, waited, took } => self.delivered(vm, waited, took),
                 Event::Started { pidfd, .. } => {
                     let _ = pidfd_kill(pidfd.as_fd(), KILL);
                 }

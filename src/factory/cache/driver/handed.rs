@@ -17,14 +17,15 @@ use crate::vm::Vm;
 const DYING: Duration = Duration::from_millis(200);
 
 impl Driver {
-    pub(super) fn delivered(&mut self, vm: Delivered, waited: bool) {
+    pub(super) fn delivered(&mut self, vm: Delivered, waited: bool, took: Duration) {
         self.pool.out_of_hands();
         let Some((vm, owner)) = vm.take() else { return };
         {
-            let counters = &mut self.pool.board.facts().counters;
+            let mut facts = self.pool.board.facts();
+            facts.claim.add(took);
             match waited {
-                true => counters.claims_waited += 1,
-                false => counters.claims_from_pool += 1,
+                true => facts.counters.claims_waited += 1,
+                false => facts.counters.claims_from_pool += 1,
             }
         }
         if !owner.unconfirmed {

@@ -89,6 +89,7 @@ impl Driver {
                 );
                 let mut facts = self.pool.board.facts();
                 facts.counters.boots_failed += 1;
+                *facts.failures.entry(e.phase.name()).or_default() += 1;
                 facts.last_error = Some(text);
             }
         }
