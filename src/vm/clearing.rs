@@ -13,7 +13,7 @@ use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::fcntl::{open, openat, renameat, OFlag};
-use nix::sys::stat::{fstatat, Mode};
+use nix::sys::stat::{fstatat, Mode, SFlag};
 use nix::unistd::{unlinkat, UnlinkatFlags};
 
 /// Files and directories that one try removes: a moment's work.
@@ -80,7 +80,7 @@ fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> io::Result<Vec<(CSt
             Some(kind) => kind == Type::Directory,
             None => {
                 let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-                stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR
+                SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR
             }
         };
         found.push((name.to_owned(), directory));

@@ -19,6 +19,7 @@
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
+//! | `supervised` | servers under a supervisor, in systemd's protocol |
 //! | `states`    | servers that are killed in each of their states |
 //! | `control`   | claims that are confirmed, VMs given back, pools drained and resized |
 //! | `hostile`   | noise on the socket, and users who want all of it |
@@ -60,6 +61,7 @@ mod rootfs;
 mod run;
 mod share;
 mod states;
+mod supervised;
 mod template_place;
 mod templates;
 mod transports;
