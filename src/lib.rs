@@ -86,6 +86,8 @@ pub mod digest;
 #[cfg(feature = "host")]
 pub mod doctor;
 #[cfg(feature = "host")]
+pub mod events;
+#[cfg(feature = "host")]
 pub mod factory;
 #[cfg(feature = "faults")]
 pub mod faults;
@@ -97,6 +99,8 @@ pub mod host;
 pub mod hypervisor;
 #[cfg(feature = "host")]
 pub mod initrd;
+#[cfg(feature = "host")]
+pub mod notify;
 #[cfg(feature = "host")]
 pub mod process;
 #[cfg(feature = "host")]

@@ -4,8 +4,12 @@
 //! which has nothing else to do, looks ([`look`]). Nothing is ended for it: whoever
 //! reads the log decides, and `vmcache restart` or a kill loses no VM.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use crossbeam_channel::{after, bounded, never, select, Receiver, Sender};
+
+use crate::events::event;
 
 /// Something that a thread does.
 struct Task {
@@ -20,10 +24,18 @@ struct Task {
 #[derive(Default)]
 struct Tasks {
     next: u64,
+    /// Whether the watching thread knows that there are some.
+    watched: bool,
     all: Vec<Task>,
 }
 
-static TASKS: Mutex<Tasks> = Mutex::new(Tasks { next: 0, all: Vec::new() });
+static TASKS: Mutex<Tasks> = Mutex::new(Tasks { next: 0, watched: false, all: Vec::new() });
+
+/// Wakes the thread that watches.
+static WAKE: LazyLock<(Sender<()>, Receiver<()>)> = LazyLock::new(|| bounded(1));
+
+/// How often, while something is under way, it is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 fn tasks() -> MutexGuard<'static, Tasks> {
     TASKS.lock().unwrap_or_else(|e| e.into_inner())
@@ -39,6 +51,10 @@ pub fn begin(what: &'static str, limit: Duration) -> Doing {
     let mut tasks = tasks();
     tasks.next += 1;
     let number = tasks.next;
+    if !std::mem::replace(&mut tasks.watched, true) {
+        // Full when it has been woken already, or nobody watches.
+        let _ = WAKE.0.try_send(());
+    }
     tasks.all.push(Task { number, thread, what, since: Instant::now(), limit, told: false });
     Doing(number)
 }
@@ -50,7 +66,25 @@ impl Drop for Doing {
         let Task { thread, what, since, told, .. } = tasks.all.swap_remove(at);
         if told {
             let took = since.elapsed().as_secs_f64();
-            log::info!("stuck-no-more: thread {thread} has done with {what} after {took:.0} s");
+            event!(STUCK_NO_MORE, thread = thread; "thread {thread} has done with {what} after {took:.0} s");
+        }
+    }
+}
+
+/// Looks after threads until `done` is told, and passes on what it finds. Where nothing
+/// is under way, this does not wake: what begins then wakes it.
+pub fn watch<T>(done: &Receiver<T>, mut found: impl FnMut(Vec<String>)) {
+    let mut next = never();
+    loop {
+        select! {
+            recv(done) -> _ => return,
+            recv(WAKE.1) -> _ => next = after(LOOK),
+            recv(next) -> _ => {
+                found(look());
+                let mut tasks = tasks();
+                tasks.watched = !tasks.all.is_empty();
+                next = if tasks.watched { after(LOOK) } else { never() };
+            }
         }
     }
 }
@@ -67,7 +101,7 @@ pub fn look() -> Vec<String> {
         let text =
             format!("thread {} has been at {} for {} s", task.thread, task.what, took.as_secs());
         if !std::mem::replace(&mut task.told, true) {
-            log::error!("stuck: {text}; `vmcache restart`, or killing the server, loses no VM");
+            event!(STUCK, thread = task.thread; "{text}; `vmcache restart`, or killing the server, loses no VM");
         }
         stuck.push(text);
     }

@@ -1,6 +1,7 @@
 //! The command line: every command and option, and the help that one reads.
 
 mod attach;
+mod setup;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use attach::Attach;
+pub use setup::{ConfigCommand, Generate, Guest, GuestBuild, Mkinitrd};
 
 use crate::factory::Wanted;
 
@@ -41,6 +43,16 @@ pub struct Common {
     /// Where messages go [default: syslog for a server without a terminal, else stderr]
     #[arg(long, global = true, value_enum)]
     pub log: Option<LogTo>,
+    /// What is logged at least: error, warn, info, debug or trace [default: info for a
+    /// server, or as its configuration says; else warn]
+    #[arg(
+        long = "log-level",
+        id = "least",
+        global = true,
+        value_name = "LEVEL",
+        env = "VMCACHE_LOG_LEVEL"
+    )]
+    pub log_level: Option<String>,
 }
 
 /// Where messages go.
@@ -79,7 +91,7 @@ pub enum Command {
     /// List the VMs that were claimed on this host
     List(Json),
     /// Stop the server; VMs that were handed out stay
-    Quit,
+    Quit(Quit),
     /// Execute the server's program anew; no VM and no claim is lost
     Restart,
     /// Hand nothing out any more, and end what stands ready, until `resize`
@@ -103,9 +115,15 @@ pub enum Command {
     Template(Template),
     /// Make an initramfs of the guest agent, kernel modules and a userland
     Mkinitrd(Mkinitrd),
+    /// Make a guest from what this host has installed
+    #[command(subcommand)]
+    Guest(Guest),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Write manual pages, completions and a configuration, for a package
+    #[command(hide = true)]
+    Generate(Generate),
 }
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -137,6 +155,22 @@ pub struct Status {
     /// Put that into a file, such as /var/lib/node_exporter/vmcache.prom, whole
     #[arg(long, value_name = "FILE", requires = "openmetrics")]
     pub output: Option<PathBuf>,
+    /// Do that again every so many seconds, until this is ended
+    #[arg(long, value_name = "SECONDS", requires = "output", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub every: Option<u64>,
+    /// Print nothing; exit code 1, with the reason, when the server has a stuck thread
+    /// (live), or no VM stands ready (ready)
+    #[arg(long, value_enum, conflicts_with_all = ["json", "watch", "openmetrics"])]
+    pub check: Option<Check>,
+}
+
+/// What a supervisor asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Check {
+    /// Whether it has to be restarted.
+    Live,
+    /// Whether a claim would be served at once.
+    Ready,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -156,6 +190,13 @@ impl Size {
         let within = Some(Duration::from_secs(seconds));
         Wanted { cpus: self.cpus, memory_mib: self.memory, within }
     }
+}
+
+#[derive(Args, Debug)]
+pub struct Quit {
+    /// Leave the VMs that stand ready to the next server, which has to be started
+    #[arg(long)]
+    pub leave: bool,
 }
 
 #[derive(Args, Debug)]
@@ -281,6 +322,10 @@ pub struct Bench {
     /// Instead, without a server: so many clones of a template beside --cold boots
     #[arg(long, value_name = "CLONES", num_args = 0..=1, default_missing_value = "10")]
     pub refill: Option<usize>,
+    /// Instead, how large a pool has to be for so many claims, such as 0.5 (a second),
+    /// 30/min or 1800/h, by the refill that is measured now
+    #[arg(long, value_name = "RATE", conflicts_with = "refill")]
+    pub advise: Option<String>,
     /// Also watch the server and its pool do nothing for so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub idle: u64,
@@ -317,9 +362,6 @@ pub struct Proxy {
     /// QEMU's end of the guest's console, to be logged
     #[arg(long, value_name = "SOCKET")]
     pub agent_logs_socket: Option<String>,
-    /// What is logged at least (kata-proxy's -log)
-    #[arg(long, value_name = "LEVEL", default_value = "warn")]
-    pub log_level: String,
     /// Log all there is
     #[arg(long)]
     pub debug: bool,
@@ -329,53 +371,14 @@ pub struct Proxy {
 pub enum Template {
     /// Boot a VM and keep its state, unless there is a template that fits
     Create(Json),
+    /// Make the place in memory where it will be, when the pool is to have one (the unit
+    /// does, in the host's own mount namespace)
+    #[command(hide = true)]
+    Place,
     /// Show the template; exit code 1 when there is none that fits
     Status(Json),
     /// Remove it; clones that run are not affected
     Destroy(Json),
-}
-
-#[derive(Args, Debug)]
-pub struct Mkinitrd {
-    /// A kernel's module directory, such as /lib/modules/6.1.0-amd64
-    #[arg(long, value_name = "DIR")]
-    pub kernel_modules: PathBuf,
-    /// A static busybox, for a guest with a shell
-    #[arg(long, value_name = "BUSYBOX")]
-    pub userland: Option<PathBuf>,
-    /// Further modules to pack and load
-    #[arg(long, value_name = "NAME")]
-    pub module: Vec<String>,
-    /// The guest agent [default: vmcache-agent beside this program, or in
-    /// /usr/libexec/vmcache]
-    #[arg(long, value_name = "FILE")]
-    pub agent: Option<PathBuf>,
-    /// The file to write
-    #[arg(long, short, value_name = "FILE")]
-    pub output: PathBuf,
-    #[command(flatten)]
-    pub json: Json,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum ConfigCommand {
-    /// Check the configuration and the files it names
-    Check,
-    /// Print every option with its value and where that stands
-    Show {
-        /// Print a table of all options in Markdown instead
-        #[arg(long)]
-        options: bool,
-    },
-    /// Write a configuration whose VMs another server's clients take for its own
-    Import {
-        /// The other server's socket
-        #[arg(long, value_name = "SOCKET")]
-        from_endpoint: PathBuf,
-        /// The file to write; what clients are told is written beside it, as .served.json
-        #[arg(long, short, value_name = "FILE")]
-        output: PathBuf,
-    },
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::args::{Common, ConfigCommand};
 use super::output::{Failure, FAILED, USAGE};
 use super::Outcome;
 use crate::config::served::Served;
-use crate::config::{markdown, show, Config};
+use crate::config::{markdown, sample, show, Config};
 use crate::factory::grpccache::GrpcCache;
 use crate::vm::config::import::to_toml;
 use crate::vm::VmConfig;
@@ -16,6 +16,10 @@ use crate::vm::VmConfig;
 pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
     if let ConfigCommand::Show { options: true } = command {
         print!("{}", markdown());
+        return Ok(0);
+    }
+    if let ConfigCommand::Sample = command {
+        print!("{}", sample(false));
         return Ok(0);
     }
     if let ConfigCommand::Import { from_endpoint, output } = command {
@@ -31,7 +35,7 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
             let files: Vec<_> = config.files.iter().map(|f| f.display().to_string()).collect();
             println!("{}: good, {} warnings", files.join(", "), config.warnings.len());
         }
-        ConfigCommand::Import { .. } => {}
+        ConfigCommand::Import { .. } | ConfigCommand::Sample => {}
         ConfigCommand::Show { .. } => print!("{}", show(&config)),
     }
     Ok(0)

@@ -11,35 +11,69 @@ use std::path::Path;
 
 use serde_json::Value;
 
+/// All families: name, kind, meaning. What is counted counts from the server's start.
+pub const FAMILIES: &[(&str, &str, &str)] = &[
+    ("vmcache_up", "gauge", "Whether the server answered."),
+    ("vmcache_pool_target", "gauge", "VMs that are to stand ready."),
+    ("vmcache_pool_vms", "gauge", "VMs by their state."),
+    ("vmcache_claims_waiting", "gauge", "Claims in line."),
+    ("vmcache_refill_held", "gauge", "Whether no VM is made though some are missing."),
+    ("vmcache_threads_stuck", "gauge", "Threads that take longer than they may."),
+    ("vmcache_memory_bytes", "gauge", "Memory of the server, resident."),
+    ("vmcache_claims", "counter", "Claims by what came of them, and by the VM's source."),
+    ("vmcache_boots", "counter", "VMs made."),
+    ("vmcache_boots_failed", "counter", "VMs that could not be made."),
+    ("vmcache_adopted", "counter", "VMs taken over from a server before."),
+    ("vmcache_died_ready", "counter", "VMs that died while they stood ready."),
+    ("vmcache_leases_ended", "counter", "VMs ended with the process that leased them."),
+    ("vmcache_failures", "counter", "Boots that failed, by what did not come."),
+    ("vmcache_claim_seconds", "histogram", "From a claim's coming to its client's having the VM."),
+    (
+        "vmcache_exec_ready_seconds",
+        "histogram",
+        "From a client's asking until its VM could run a command, as clients tell.",
+    ),
+    ("vmcache_boot_seconds", "histogram", "Until a VM is ready that was booted."),
+    ("vmcache_clone_seconds", "histogram", "Until a VM is ready that was cloned."),
+];
+
+/// The text of a server that does not answer.
+pub fn down() -> String {
+    let mut out = Text::default();
+    out.family("vmcache_up");
+    out.sample("vmcache_up", &[], 0.0);
+    out.0 + "# EOF\n"
+}
+
 /// The text, with its end.
 pub fn openmetrics(status: &Value) -> String {
     let mut out = Text::default();
-    out.family("vmcache_up", "gauge", "Whether the server answered.");
+    out.family("vmcache_up");
     out.sample("vmcache_up", &[], 1.0);
     let pool = &status["pool"];
-    out.family("vmcache_pool_target", "gauge", "VMs that are to stand ready.");
+    out.family("vmcache_pool_target");
     out.sample("vmcache_pool_target", &[], number(&pool["target"]));
-    out.family("vmcache_pool_vms", "gauge", "VMs by their state.");
-    for state in ["ready", "awake", "booting"] {
+    out.family("vmcache_pool_vms");
+    for state in ["ready", "awake", "booting", "outdated"] {
         out.sample("vmcache_pool_vms", &[("state", state)], number(&pool[state]));
     }
     let handed = status["vms"].as_array().into_iter().flatten();
     let handed = handed.filter(|vm| vm["state"] == "handed").count();
     out.sample("vmcache_pool_vms", &[("state", "handed")], handed as f64);
-    out.family("vmcache_claims_waiting", "gauge", "Claims in line.");
+    out.family("vmcache_claims_waiting");
     out.sample("vmcache_claims_waiting", &[], number(&pool["waiting"]));
-    out.family("vmcache_refill_held", "gauge", "Whether no VM is made though some are missing.");
+    out.family("vmcache_refill_held");
     out.sample("vmcache_refill_held", &[], f64::from(u8::from(!pool["held"].is_null())));
     let stuck = status["stuck"].as_array().map_or(0, Vec::len);
-    out.family("vmcache_threads_stuck", "gauge", "Threads that take longer than they may.");
+    out.family("vmcache_threads_stuck");
     out.sample("vmcache_threads_stuck", &[], stuck as f64);
-    out.family("vmcache_memory_bytes", "gauge", "Memory of the server, resident.");
+    out.family("vmcache_memory_bytes");
     out.sample("vmcache_memory_bytes", &[], number(&status["memory_bytes"]));
-    counters(&mut out, &status["counters"]);
+    counters(&mut out, &status["counters"], &status["claims"]);
     let failures = status["failures"].as_object().filter(|all| !all.is_empty());
     if failures.is_some() {
         // A family without a sample is none.
-        out.family("vmcache_failures", "counter", "Boots that failed, by what did not come.");
+        out.family("vmcache_failures");
     }
     for (reason, n) in failures.into_iter().flatten() {
         out.sample("vmcache_failures_total", &[("reason", reason)], number(n));
@@ -49,40 +83,41 @@ pub fn openmetrics(status: &Value) -> String {
     out.0
 }
 
-fn counters(out: &mut Text, counters: &Value) {
-    out.family("vmcache_claims", "counter", "Claims by what came of them.");
+fn counters(out: &mut Text, counters: &Value, claims: &Value) {
+    out.family("vmcache_claims");
+    for (source, by) in claims.as_object().into_iter().flatten() {
+        for outcome in ["from_pool", "waited"] {
+            let labels = [("outcome", outcome), ("source", source)];
+            out.sample("vmcache_claims_total", &labels, number(&by[outcome]));
+        }
+    }
     for (key, outcome) in [
-        ("claims_from_pool", "from_pool"),
-        ("claims_waited", "waited"),
         ("claims_cancelled", "cancelled"),
         ("deliveries_failed", "delivery_failed"),
         ("claims_unconfirmed", "unconfirmed"),
     ] {
-        out.sample("vmcache_claims_total", &[("outcome", outcome)], number(&counters[key]));
+        let labels = [("outcome", outcome), ("source", "none")];
+        out.sample("vmcache_claims_total", &labels, number(&counters[key]));
     }
-    for (key, name, help) in [
-        ("boots", "vmcache_boots", "VMs made."),
-        ("boots_failed", "vmcache_boots_failed", "VMs that could not be made."),
-        ("adopted", "vmcache_adopted", "VMs taken over from a server before."),
-        ("died_ready", "vmcache_died_ready", "VMs that died while they stood ready."),
-        ("leases_ended", "vmcache_leases_ended", "VMs ended with the process that leased them."),
-    ] {
-        out.family(name, "counter", help);
+    for key in ["boots", "boots_failed", "adopted", "died_ready", "leases_ended"] {
+        let name = format!("vmcache_{key}");
+        out.family(&name);
         out.sample(&format!("{name}_total"), &[], number(&counters[key]));
     }
 }
 
 fn histograms(out: &mut Text, latency: &Value) {
-    for (key, name, help) in [
-        ("claim", "vmcache_claim_seconds", "From a claim's coming to its client's having the VM."),
-        ("direct", "vmcache_boot_seconds", "Until a VM is ready that was booted."),
-        ("template", "vmcache_clone_seconds", "Until a VM is ready that was cloned."),
+    for (key, name) in [
+        ("claim", "vmcache_claim_seconds"),
+        ("exec_ready", "vmcache_exec_ready_seconds"),
+        ("direct", "vmcache_boot_seconds"),
+        ("template", "vmcache_clone_seconds"),
     ] {
         let histogram = &latency[key];
         if histogram.is_null() {
             continue;
         }
-        out.family(name, "histogram", help);
+        out.family(name);
         for bucket in histogram["buckets"].as_array().into_iter().flatten() {
             let bound = bucket["le"].as_f64().map_or("+Inf".to_string(), |le| format!("{le}"));
             out.sample(&format!("{name}_bucket"), &[("le", &bound)], number(&bucket["count"]));
@@ -100,8 +135,10 @@ fn number(v: &Value) -> f64 {
 struct Text(String);
 
 impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        self.0.push_str(&format!("# TYPE {name} {kind}\n# HELP {name} {help}\n"));
+    fn family(&mut self, name: &str) {
+        if let Some((_, kind, help)) = FAMILIES.iter().find(|(n, ..)| *n == name) {
+            self.0.push_str(&format!("# TYPE {name} {kind}\n# HELP {name} {help}\n"));
+        }
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
@@ -126,4 +163,43 @@ pub fn write(path: &Path, text: &str) -> io::Result<()> {
     new.push(".new");
     fs::write(&new, text)?;
     fs::rename(&new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The names in a text that look like ours.
+    fn names(text: &str) -> Vec<&str> {
+        let part = |c: char| c.is_ascii_lowercase() || c == '_';
+        let words = text.split(|c| !part(c));
+        words.filter(|w| w.starts_with("vmcache_")).collect()
+    }
+
+    #[test]
+    fn dashboard_and_alerts_use_these_names() {
+        let files = [
+            include_str!("../../packaging/metrics/dashboard.json"),
+            include_str!("../../packaging/metrics/alerts.yml"),
+        ];
+        let known = |word: &str| {
+            FAMILIES.iter().any(|(name, kind, _)| match *kind {
+                "gauge" => word == *name,
+                "counter" => word == format!("{name}_total"),
+                _ => word == format!("{name}_bucket"),
+            })
+        };
+        for file in files {
+            let used = names(file);
+            assert!(used.len() > 8);
+            for word in used {
+                assert!(known(word), "{word} is no measure of ours");
+            }
+        }
+        // And the dashboard shows all there is.
+        for (name, ..) in FAMILIES {
+            let shown = names(files[0]).iter().any(|word| word.starts_with(name));
+            assert!(shown, "the dashboard does not show {name}");
+        }
+    }
 }

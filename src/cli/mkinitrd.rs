@@ -43,7 +43,8 @@ pub fn mkinitrd(m: &Mkinitrd) -> Outcome {
     Ok(0)
 }
 
-fn find_agent() -> Result<PathBuf, Failure> {
+/// The agent beside this program, or where a package puts it.
+pub fn find_agent() -> Result<PathBuf, Failure> {
     let beside = env::current_exe().ok().map(|e| e.with_file_name("vmcache-agent"));
     let places: Vec<PathBuf> = beside.into_iter().chain([INSTALLED.into()]).collect();
     let list: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();

@@ -11,6 +11,8 @@ mod claimed;
 mod config;
 mod copy;
 mod doctor;
+mod generate;
+mod guest;
 mod logging;
 mod metrics;
 mod mkinitrd;
@@ -29,7 +31,7 @@ use args::{Cli, Command, Common, Factory, Json, Template};
 use output::Failure;
 
 use crate::config::options::FACTORY;
-use crate::config::{options, Config, Error as ConfigError};
+use crate::config::{endpoint_alone, locate, options, Config, Error as ConfigError};
 use crate::factory::grpccache::GrpcCache;
 
 /// What a command gives: the exit code.
@@ -71,7 +73,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Template(t) => template::template(&common, &t),
         Command::Serve => serve(&common),
         Command::Status(s) => status::status(&common, &s),
-        Command::Quit => {
+        Command::Quit(q) if q.leave => status::leave(&common),
+        Command::Quit(_) => {
             connect(&common)?.quit()?;
             Ok(0)
         }
@@ -93,6 +96,8 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::List(j) => claimed::list(&common, j),
         Command::Doctor(d) => doctor::doctor(&common, &d),
         Command::Bench(b) => bench::bench(&common, &b),
+        Command::Guest(args::Guest::Build(g)) => guest::build(&common, &g),
+        Command::Generate(g) => generate::generate(&g),
         Command::Mkinitrd(m) => mkinitrd::mkinitrd(&m),
         Command::Agent(a) => agent::agent(&a),
         Command::Proxy(p) => proxy::proxy(&p),
@@ -149,9 +154,17 @@ fn endpoint(common: &Common) -> Result<PathBuf, Failure> {
     if let Some(endpoint) = &common.endpoint {
         return Ok(endpoint.clone());
     }
-    let config = optional_config(common)?;
     let default = "/var/run/kata-containers/cache.sock";
-    Ok(config.map_or_else(|| default.into(), |c| c.endpoint()))
+    match optional_config(common) {
+        Ok(config) => Ok(config.map_or_else(|| default.into(), |c| c.endpoint())),
+        Err(broken) => {
+            let file = locate(common.config.as_deref()).ok();
+            let endpoint = file.and_then(|f| endpoint_alone(&f)).filter(|e| e.exists());
+            let endpoint = endpoint.ok_or_else(|| broken.clone())?;
+            eprintln!("vmcache: warning: {broken}; asking the server that runs nevertheless");
+            Ok(endpoint)
+        }
+    }
 }
 
 /// The configuration by which this side's wishes are known: one that was

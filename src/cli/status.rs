@@ -1,35 +1,36 @@
 //! `vmcache status`.
 
 use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::args::{Common, Status};
+use super::args::{Check, Common, Status};
 use super::metrics;
 use super::output::{age, table, Failure, FAILED};
 use super::progress::Progress;
 use super::{connect, Outcome};
 use crate::factory::grpccache::{Error, GrpcCache};
+use crate::sys::process::{pidfd_kill, pidfd_open, pidfd_wait};
 
 /// Between two looks with `--watch`.
 const EVERY: Duration = Duration::from_secs(1);
 /// Between two looks whether something has been done.
 const LOOK: Duration = Duration::from_millis(50);
+/// SIGUSR1: end, and leave the VMs to the next server.
+const LEAVE: i32 = 10;
 /// How long a server may take to restart: what waits is ended, and its pool looked at.
 const RESTART: Duration = Duration::from_secs(60);
 
 /// Prints the status, once or again and again.
 pub fn status(common: &Common, s: &Status) -> Outcome {
-    let server = connect(common)?;
     if s.openmetrics {
-        let text = metrics::openmetrics(&server.fetch_details()?);
-        let Some(file) = &s.output else {
-            print!("{text}");
-            return Ok(0);
-        };
-        let failed = |e| Failure::new(FAILED, format!("write {}: {e}", file.display()));
-        return metrics::write(file, &text).map(|()| 0).map_err(failed);
+        return openmetrics(common, s);
+    }
+    let server = connect(common)?;
+    if let Some(what) = s.check {
+        return check(&server.fetch_details()?, what);
     }
     loop {
         let text = look(&server, s.json.json)?;
@@ -41,6 +42,42 @@ pub fn status(common: &Common, s: &Status) -> Outcome {
             return Ok(0);
         }
         pause(EVERY);
+    }
+}
+
+/// Prints or writes the measures, once or again and again.
+fn openmetrics(common: &Common, s: &Status) -> Outcome {
+    loop {
+        // Connected anew each time: servers are restarted.
+        let told = connect(common).and_then(|server| Ok(server.fetch_details()?));
+        let text = told.as_ref().map_or_else(|_| metrics::down(), metrics::openmetrics);
+        match &s.output {
+            None => print!("{text}"),
+            Some(file) => metrics::write(file, &text)
+                .map_err(|e| Failure::new(FAILED, format!("write {}: {e}", file.display())))?,
+        }
+        let Some(every) = s.every else { return told.map(|_| 0) };
+        if let Err(e) = told {
+            e.report();
+        }
+        pause(Duration::from_secs(every));
+    }
+}
+
+/// Whether a server is as who supervises it wants it.
+fn check(status: &Value, what: Check) -> Outcome {
+    let mut stuck = status["stuck"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let pool = &status["pool"];
+    let why = match what {
+        Check::Live => stuck.next().map(str::to_string),
+        Check::Ready => (pool["ready"].as_u64() == Some(0)).then(|| {
+            let held = pool["held"].as_str().or(status["last_error"].as_str());
+            format!("no VM stands ready ({})", held.unwrap_or("the pool is being filled"))
+        }),
+    };
+    match why {
+        Some(why) => Err(Failure::new(FAILED, why)),
+        None => Ok(0),
     }
 }
 
@@ -63,6 +100,22 @@ pub fn restart(common: &Common) -> Outcome {
             }
             _ => pause(LOOK),
         }
+    }
+}
+
+/// Ends the server, which leaves its VMs to the next one, and waits until it has gone.
+pub fn leave(common: &Common) -> Outcome {
+    let server = connect(common)?;
+    let failed = |why: String| Failure::new(FAILED, format!("end the server: {why}"));
+    let pid = server.fetch_details()?["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.filter(|pid| *pid > 1).ok_or_else(|| failed("it tells no pid".into()))?;
+    let pidfd = pidfd_open(pid).map_err(|e| failed(format!("pid {pid}: {e}")))?;
+    // Still its own: it answered a moment ago, and would be waited for otherwise.
+    pidfd_kill(pidfd.as_fd(), LEAVE).map_err(|e| failed(format!("signal pid {pid}: {e}")))?;
+    let _progress = Progress::start("waiting for the server to end");
+    match pidfd_wait(pidfd.as_fd(), RESTART) {
+        true => Ok(0),
+        false => Err(failed(format!("pid {pid} has not gone after {} s", RESTART.as_secs()))),
     }
 }
 
@@ -131,6 +184,9 @@ fn render(v: &Value) -> String {
         text(&pool["booting"]),
         text(&pool["waiting"]),
     );
+    if let Some(n) = pool["outdated"].as_u64().filter(|n| *n > 0) {
+        out.push_str(&format!("       {n} of an older configuration, until they are replaced\n"));
+    }
     if let Some(why) = pool["held"].as_str() {
         out.push_str(&format!("       no VM is made: {why}\n"));
     }

@@ -10,6 +10,7 @@ use super::output::{age, Failure, FAILED};
 use super::progress::Progress;
 use super::session::Session;
 use super::Outcome;
+use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::factory::template::{Status, Template};
 
@@ -28,6 +29,12 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
             drop(progress);
             let status = look(&template)?;
             show(&status, j.json, Some(made));
+            Ok(0)
+        }
+        Command::Place => {
+            if config.pool > 0 && config.flag(FACTORY, "enable_template") {
+                template.place().map_err(|e| Failure::of(FAILED, &e))?;
+            }
             Ok(0)
         }
         Command::Status(j) => {

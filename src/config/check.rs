@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
+use super::logging::Logging;
 use super::options::{AGENT, FACTORY, OURS, PROXY, QEMU};
 use super::raw::Raw;
 use super::served::Served;
@@ -31,7 +32,7 @@ impl Config {
             boot_parallel: 0,
             pool: 0,
             socket_mode: 0,
-            log_level: log::LevelFilter::Info,
+            logging: Logging::default(),
             served: None,
             raw: std::sync::Arc::new(raw),
         };
@@ -235,9 +236,7 @@ impl Config {
             );
             self.warnings.push(line);
         }
-        self.log_level = self.text(OURS, "log_level").parse().map_err(|_| {
-            self.wrong(OURS, "log_level", "must be error, warn, info, debug or trace")
-        })?;
+        self.logging = Logging::of(self)?;
         Ok(())
     }
 

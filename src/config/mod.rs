@@ -13,8 +13,10 @@ mod check;
 mod confinement;
 mod error;
 mod find;
+pub mod logging;
 pub mod options;
 mod raw;
+pub mod sample;
 pub mod served;
 mod show;
 
@@ -26,7 +28,9 @@ use crate::agent::Kind;
 pub use error::Error;
 pub use find::{locate, SEARCH};
 use options::{Fallback, AGENT, FACTORY, OURS, QEMU};
+pub use raw::endpoint_alone;
 use raw::{Raw, Value};
+pub use sample::sample;
 pub use show::{markdown, show};
 
 /// Longest path of a Unix socket, without the ending zero.
@@ -114,8 +118,8 @@ pub struct Config {
     pub pool: usize,
     /// Permissions of the server's socket.
     pub socket_mode: u32,
-    /// Log level.
-    pub log_level: log::LevelFilter,
+    /// Messages.
+    pub logging: logging::Logging,
     /// What clients are told instead of what is derived.
     pub served: Option<std::sync::Arc<served::Served>>,
     raw: std::sync::Arc<Raw>,
@@ -159,13 +163,8 @@ impl Config {
         if let Some(entry) = self.raw.entries.get(&(table.to_string(), key.to_string())) {
             return entry.value.clone();
         }
-        match options::find(table, key).map(|o| o.default) {
-            Some(Fallback::Text(t)) => Value::Text(t.to_string()),
-            Some(Fallback::Number(n)) => Value::Number(n),
-            Some(Fallback::Flag(b)) => Value::Flag(b),
-            Some(Fallback::List(l)) => Value::List(l.iter().map(|s| s.to_string()).collect()),
-            None => Value::Text(String::new()),
-        }
+        let default = options::find(table, key).map_or(Fallback::Text(""), |o| o.default);
+        Value::of(default)
     }
 
     /// An error about an option's value.

@@ -64,7 +64,7 @@ pub const RUNTIME: &str = "runtime";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 63] = [
+pub static OPTIONS: [Opt; 65] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -250,6 +250,19 @@ pub static OPTIONS: [Opt; 63] = [
         "served_config",
         Text(""),
         "a file made by `vmcache config import`: clients are told what it says, to the letter",
+    ),
+    opt(
+        OURS,
+        "log",
+        Text("auto"),
+        "where a server's messages go: syslog (/dev/log), stderr, unix:/PATH, udp:HOST:PORT, or \
+         auto, which is syslog where there is no terminal",
+    ),
+    opt(
+        OURS,
+        "log_format",
+        Text("auto"),
+        "how syslog's are written: rfc3164, rfc5424, or auto, which is rfc3164 for /dev/log",
     ),
     opt(OURS, "log_level", Text("info"), "error, warn, info, debug or trace"),
 ];

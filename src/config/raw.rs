@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
@@ -39,6 +40,18 @@ pub enum Value {
     List(Vec<String>),
 }
 
+impl Value {
+    /// An option's default.
+    pub fn of(default: Fallback) -> Value {
+        match default {
+            Fallback::Text(t) => Value::Text(t.to_string()),
+            Fallback::Number(n) => Value::Number(n),
+            Fallback::Flag(b) => Value::Flag(b),
+            Fallback::List(l) => Value::List(l.iter().map(|s| s.to_string()).collect()),
+        }
+    }
+}
+
 /// All that was read.
 #[derive(Debug, Default)]
 pub struct Raw {
@@ -58,14 +71,7 @@ impl Raw {
     pub fn read(file: &Path) -> Result<Raw, Error> {
         let mut raw = Raw::default();
         raw.add(file)?;
-        let dir = file.parent().unwrap_or(Path::new(".")).join("conf.d");
-        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        let mut more: Vec<PathBuf> = entries
-            .map(|e| e.path())
-            .filter(|p| p.extension().is_some_and(|e| e == "toml"))
-            .collect();
-        more.sort();
-        for path in more {
+        for path in drop_ins(file) {
             raw.add(&path)?;
         }
         Ok(raw)
@@ -135,6 +141,33 @@ impl Raw {
         }
         Ok(())
     }
+}
+
+/// What is read after a file.
+fn drop_ins(file: &Path) -> Vec<PathBuf> {
+    let dir = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+    let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+    let toml = |p: &PathBuf| p.extension().is_some_and(|e| e == "toml");
+    let mut more: Vec<PathBuf> = entries.map(|e| e.path()).filter(toml).collect();
+    more.sort();
+    more
+}
+
+/// The server's socket in files that are no configuration otherwise: whoever broke one
+/// can still see what the server does that runs.
+pub fn endpoint_alone(file: &Path) -> Option<PathBuf> {
+    let mut found = None;
+    for file in [file.to_path_buf()].into_iter().chain(drop_ins(file)) {
+        let mut text = String::new();
+        let read = fs::File::open(file).map(|f| f.take(MAX_FILE));
+        if read.and_then(|mut f| f.read_to_string(&mut text)).is_err() {
+            continue;
+        }
+        let table: Option<toml::Table> = text.parse().ok();
+        let named = table.as_ref().and_then(|t| t.get(FACTORY)?.get("vm_cache_endpoint")?.as_str());
+        found = named.map(PathBuf::from).or(found);
+    }
+    found
 }
 
 fn convert(value: &DeValue<'_>, kind: Fallback) -> Option<Value> {

@@ -1,7 +1,6 @@
-//! What VMs are made of, and whether one boots.
+//! QEMU and KVM, and whether a guest boots.
 
-use std::fs::{self, OpenOptions};
-use std::path::Path;
+use std::fs::OpenOptions;
 use std::time::Duration;
 
 use super::{finding, good, Finding, State};
@@ -15,9 +14,9 @@ use crate::vm::boot::{boot, Phase, Purpose};
 /// How long QEMU may take to say something about itself.
 const ASKED: Duration = Duration::from_secs(10);
 
-/// QEMU, kernel, initramfs, KVM's device.
+/// QEMU and KVM's device.
 pub fn parts(config: &Config) -> Vec<Finding> {
-    vec![qemu(config), machine(config), images(config), kvm(config)]
+    vec![qemu(config), machine(config), kvm(config)]
 }
 
 /// What QEMU prints when it is asked so.
@@ -62,20 +61,6 @@ fn machine(config: &Config) -> Finding {
             "choose another machine_type, or another QEMU",
         ),
     }
-}
-
-fn images(config: &Config) -> Finding {
-    if let Err(e) = config.check_files() {
-        let text = chain(&e);
-        return finding("images", State::Missing, text, "`vmcache config check` says it, too");
-    }
-    if let Err((_, why)) = crate::confine::images::check(config) {
-        return finding("images", State::Missing, why, "mend it, or name other images");
-    }
-    let size = |path: &Path| fs::metadata(path).map_or(0, |m| m.len()) >> 10;
-    let (kernel, initrd) = (config.kernel(), config.initrd());
-    let told = |path: &Path| format!("{} ({} KiB)", path.display(), size(path));
-    good("images", format!("{}, {}", told(&kernel), told(&initrd)))
 }
 
 fn kvm(config: &Config) -> Finding {

@@ -120,7 +120,7 @@ fn huge_guests() -> Finding {
 
 /// Memory, and what of it is for what.
 pub fn memory(config: &Config) -> Vec<Finding> {
-    vec![pool(config), template(config), swap(), huge(config), ksm()]
+    vec![pool(config), shm(config), template(config), swap(), huge(config), ksm()]
 }
 
 fn pool(config: &Config) -> Finding {
@@ -142,6 +142,26 @@ fn pool(config: &Config) -> Finding {
             "refill waits when memory is short: make the pool smaller, or free some",
         ),
         _ => good("memory", text),
+    }
+}
+
+fn shm(config: &Config) -> Finding {
+    let free = statvfs("/dev/shm").map_or(0, |s| (s.blocks_available() * s.fragment_size()) >> 20);
+    let below = |path: &str| path.starts_with("/dev/shm");
+    let files = below(config.text(QEMU, "file_mem_backend"));
+    let needed = match files {
+        true => config.pool as u64 * u64::from(config.memory()),
+        false => 0,
+    };
+    let text = format!("/dev/shm has {free} MiB free, the pool needs {needed} MiB of it");
+    match free < needed {
+        true => finding(
+            "shm",
+            State::Missing,
+            text,
+            "`mount -o remount,size=… /dev/shm`, or leave file_mem_backend out",
+        ),
+        false => good("shm", text),
     }
 }
 
@@ -220,6 +240,34 @@ pub fn limits(config: &Config) -> Vec<Finding> {
     };
     vec![
         within("open files", Resource::RLIMIT_NOFILE, files, "LimitNOFILE= of the unit, ulimit -n"),
+        within(
+            "locked memory",
+            Resource::RLIMIT_MEMLOCK,
+            match config.flag(QEMU, "enable_mem_prealloc") {
+                true => u64::from(config.memory()) << 20,
+                false => 0,
+            },
+            "LimitMEMLOCK=, ulimit -l: devices of the host that clients add want it",
+        ),
+        tasks_of_host(tasks),
         within("processes", Resource::RLIMIT_NPROC, tasks, "LimitNPROC=, TasksMax=, ulimit -u"),
     ]
+}
+
+/// What the kernel and this process's cgroup allow of processes and threads.
+fn tasks_of_host(needed: u64) -> Finding {
+    let number = |path: &str| read(path).and_then(|t| t.parse::<u64>().ok()).unwrap_or(u64::MAX);
+    let own = read("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/").to_string();
+    let most = [
+        ("kernel.pid_max", number("/proc/sys/kernel/pid_max")),
+        ("kernel.threads-max", number("/proc/sys/kernel/threads-max")),
+        ("pids.max of this cgroup", number(&format!("/sys/fs/cgroup{own}/pids.max"))),
+    ];
+    let (which, most) = most.into_iter().min_by_key(|(_, n)| *n).unwrap_or(("", u64::MAX));
+    let text = format!("{which} allows {most}, {needed} may be needed");
+    match most < needed {
+        true => finding("tasks", State::Warning, text, "TasksMax=infinity, sysctl kernel.pid_max"),
+        false => good("tasks", text),
+    }
 }

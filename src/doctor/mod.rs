@@ -1,8 +1,8 @@
 //! Whether this host can do what its configuration asks for: one finding for each
 //! thing, with the evidence and the remedy.
 //!
-//! Files: `guest` whether a VM boots, and what it is made of; `host` the kernel, memory
-//! and limits; `access` who may connect, and to what.
+//! Files: `guest` QEMU, KVM, and whether a VM boots; `images` what it is made of; `host`
+//! the kernel, memory and limits; `access` who may connect, and to what.
 //!
 //! Invariants: nothing is changed; what can be proven is proven (a guest is booted, since
 //! on some hosts /dev/kvm opens and no guest ever runs), within a deadline.
@@ -10,6 +10,7 @@
 mod access;
 mod guest;
 mod host;
+mod images;
 
 use serde_derive::Serialize;
 
@@ -71,6 +72,7 @@ fn finding(
 /// Looks at all. Blocks as long as a guest may take to boot, unless `boot` is false.
 pub fn look(config: &Config, boot: bool, watch: Watch<'_>) -> Vec<Finding> {
     let mut all = guest::parts(config);
+    all.extend(images::images(config));
     all.extend(host::kernel(config));
     all.extend(host::memory(config));
     all.extend(host::limits(config));

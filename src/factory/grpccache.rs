@@ -21,7 +21,7 @@ use super::cache::pool::{DRAINED, RESTARTING, STOPPING};
 use super::{BaseFactory, VmStatus};
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
-use crate::proto::control::{ClaimRequest, ResizeRequest, VmName};
+use crate::proto::control::{ClaimRequest, ResizeRequest, UsedRequest, VmName};
 use crate::proto::control_grpc::ControlClient;
 use crate::proto::empty::Empty;
 use crate::sys::rpc::channel_over;
@@ -367,6 +367,15 @@ impl BaseFactory for GrpcCache {
         match self.confirm_claim(vm.id()) {
             Ok(()) | Err(Error::Unsupported { .. }) => Ok(()),
             Err(e) => Err(super::Error::Cache(e)),
+        }
+    }
+
+    fn used(&self, vm: &Vm, took: Duration) {
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let used = UsedRequest { id: vm.id().into(), micros, ..UsedRequest::default() };
+        if let Ok(answer) = self.control.used_async_opt(&used, Self::short()) {
+            // Servers without that call do not matter.
+            self.control.spawn(async move { drop(answer.await) });
         }
     }
 

@@ -12,7 +12,7 @@ pub mod template;
 
 use std::error;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::agent::Agent;
 use crate::config::Config;
@@ -88,6 +88,11 @@ pub trait BaseFactory {
     fn confirm(&self, vm: &Vm) -> Result<(), Error> {
         let _ = vm;
         Ok(())
+    }
+    /// A VM that it gave can run a command, so long after it was asked for: for its
+    /// measures, without waiting.
+    fn used(&self, vm: &Vm, took: Duration) {
+        let _ = (vm, took);
     }
     /// The VMs that it holds ready.
     fn status(&self) -> Result<Vec<VmStatus>, Error>;
@@ -168,11 +173,13 @@ impl<'a> Factory<'a> {
         }
         resize::check(&base, wanted.cpus, wanted.memory_mib)
             .map_err(|e| Error::Size { what: e.to_string() })?;
+        let asked = Instant::now();
         let mut vm = self.base.get_base_vm(wanted.within)?;
         (self.born)(vm.birth());
         self.base.confirm(&vm)?;
         let agent = vm.wake().map_err(Error::Vm)?;
         vm.grow(&*agent, &base, wanted.cpus, wanted.memory_mib).map_err(Error::Vm)?;
+        self.base.used(&vm, asked.elapsed());
         Ok(Obtained { vm, agent, fallback: None })
     }
 }

@@ -5,6 +5,7 @@
 //! it from the page cache is faster than unpacking it under TCG).
 
 mod cpio;
+pub mod installed;
 mod modules;
 
 use std::error;

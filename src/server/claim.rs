@@ -17,6 +17,7 @@ use std::time::Instant;
 use futures_util::Stream;
 use grpcio::{ClientStreamingSink, RequestStream, RpcStatus, RpcStatusCode};
 
+use crate::events::event;
 use crate::factory::cache::claim::{Answer, Place};
 use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
 use crate::proto::cache::GrpcVM;
@@ -99,7 +100,7 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
     ) {
         if let Err(e) = ready.note.write(&claimer.owner) {
             let text = format!("write the ledger of VM {}: {e}", ready.vm.id());
-            log::error!("claim-refused: {text}");
+            event!(CLAIM_REFUSED, vm = ready.vm.id(); "{text}");
             // Nobody has seen this VM.
             let event = match ready.note.clear() {
                 Ok(()) => Event::Returned(ready),
@@ -116,7 +117,7 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         };
         if let Err(e) = handed {
             let text = format!("hand VM {} to uid {uid}: {e}", ready.vm.id());
-            log::error!("claim-refused: {text}");
+            event!(CLAIM_REFUSED, vm = ready.vm.id(); "{text}");
             self.refuse(RpcStatusCode::INTERNAL, &text).await;
             return pool.tell(Event::Undelivered { vm: Box::new(ready.vm), why: text });
         }

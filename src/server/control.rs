@@ -4,6 +4,7 @@
 //! answers through the event that it was told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_channel::oneshot;
 use grpcio::{
@@ -17,13 +18,17 @@ use super::Again;
 use crate::config::{Config, MAX_POOL};
 use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, Target, Then, GRACE};
 use crate::proto::cache::GrpcVM;
-use crate::proto::control::{ClaimReply, ClaimRequest, ResizeRequest, StatusReply, VmName};
+use crate::proto::control::{
+    ClaimReply, ClaimRequest, ResizeRequest, StatusReply, UsedRequest, VmName,
+};
 use crate::proto::empty::Empty;
 use crate::vm::ledger::Owner;
 use crate::vm::{resize, VmConfig};
 
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 64;
+/// Longest time that a client can say it took.
+const LONGEST_USE: Duration = Duration::from_secs(3600);
 
 const STATUS: Method<Empty, StatusReply> = method(MethodType::Unary, "/vmcache.v1.Control/Status");
 const CLAIM: Method<ClaimRequest, ClaimReply> =
@@ -31,6 +36,7 @@ const CLAIM: Method<ClaimRequest, ClaimReply> =
 const CONFIRM: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Confirm");
 const KEEP: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Keep");
 const RELEASE: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Release");
+const USED: Method<UsedRequest, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Used");
 const DRAIN: Method<Empty, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Drain");
 const RESIZE: Method<ResizeRequest, Empty> =
     method(MethodType::Unary, "/vmcache.v1.Control/Resize");
@@ -55,7 +61,7 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         base: Arc::new(VmConfig::of(config)),
         again: Arc::clone(again),
     };
-    let [a, b, c, d, e, f, g, h] = std::array::from_fn(|_| own.clone());
+    let [a, b, c, d, e, f, g, h, i] = std::array::from_fn(|_| own.clone());
     ServiceBuilder::new()
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
             #[cfg(feature = "faults")]
@@ -74,6 +80,9 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         })
         .add_unary_handler(&RELEASE, move |ctx: RpcContext<'_>, r: VmName, sink| {
             d.ask(&ctx, r, sink, Event::Release);
+        })
+        .add_unary_handler(&USED, move |ctx: RpcContext<'_>, r: UsedRequest, sink| {
+            i.used(&ctx, &r, sink);
         })
         .add_unary_handler(&DRAIN, move |ctx: RpcContext<'_>, _: Empty, sink| {
             e.target(&ctx, sink, "Drain", None);
@@ -140,6 +149,19 @@ impl Own {
                 }
             };
         });
+    }
+
+    /// A measure: of somebody who may claim, about a VM that was claimed.
+    fn used(&self, ctx: &RpcContext<'_>, r: &UsedRequest, sink: UnarySink<Empty>) {
+        if let Err(why) = claimer(ctx, &self.peers) {
+            return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, &why);
+        }
+        let took = Duration::from_micros(r.micros).min(LONGEST_USE);
+        if !self.pool.board.facts().used(&r.id, took) {
+            let refusal = status(&Refusal::NoSuchVm);
+            return ctx.spawn(async move { drop(sink.fail(refusal).await) });
+        }
+        succeed(ctx, sink, Empty::new());
     }
 
     /// Another number of VMs to keep ready; `None` to hand nothing out any more.

@@ -22,12 +22,11 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 
 use crate::factory::cache::pool::Target;
+use crate::notify;
 use crate::sys::process::{close_on_exec, keep_on_exec, owned};
 
 /// Environment variable: pid, fd of the lock, fd of the socket, whose that is, target.
 const VARIABLE: &str = "VMCACHE_HANDOVER";
-/// By which name systemd keeps a socket for us.
-pub const STORED: &str = "vmcache-socket";
 /// The first fd that systemd passes.
 const FIRST: i32 = 3;
 /// Most that are looked at.
@@ -109,7 +108,7 @@ fn systemds() -> Option<(UnixListener, bool)> {
         let (name, fd) = (names.next().unwrap_or_default(), owned(FIRST + n));
         let Ok(fd) = fd else { continue };
         if getsockopt(&fd, AcceptConn).unwrap_or(false) && found.is_none() {
-            found = Some((fd.into(), name == STORED));
+            found = Some((fd.into(), name == notify::STORED));
         }
     }
     found

@@ -17,7 +17,6 @@ pub mod claim;
 pub mod control;
 pub mod handover;
 pub mod listener;
-pub mod notify;
 pub mod panics;
 pub mod peers;
 pub mod service;
@@ -31,15 +30,16 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::RecvTimeoutError;
 use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
 
 use crate::config::options::OURS;
 use crate::config::{self, Config};
 use crate::confine::admission::Admission;
 use crate::confine::{self, capabilities};
+use crate::events::event;
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop, Target, Then};
+use crate::notify;
 use crate::process::reap_all;
 use crate::stuck;
 use crate::sys::process::raise_file_limit;
@@ -52,8 +52,6 @@ use peers::Peers;
 const STOP: Duration = Duration::from_secs(60);
 /// How long the other threads may.
 const JOIN: Duration = Duration::from_secs(5);
-/// How often threads are looked at.
-const LOOK: Duration = Duration::from_secs(1);
 /// Memory that gRPC may take for connections' buffers, in bytes.
 const RPC_MEMORY: usize = 8 * 1024 * 1024;
 /// Largest request taken, in bytes: all of Kata's are empty.
@@ -155,7 +153,8 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let kept = sweep::sweep(&config);
     let kept = kept.map_err(|source| Error::Store { path: store, source })?;
     kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
-    kept.ready.into_iter().for_each(|ready| driver.adopt(ready));
+    kept.ready.into_iter().for_each(|ready| driver.adopt(ready, false));
+    kept.outdated.into_iter().for_each(|ready| driver.adopt(ready, true));
     let peers = Peers::default();
     let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
     let arguments = ChannelBuilder::new(Arc::clone(&environment))
@@ -178,10 +177,11 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     if let Some(target) = changed {
         pool.tell(Event::Target { target, by: "the server before".into() });
     }
-    signals.forward(&pool, again).map_err(Error::Thread)?;
+    let listening = signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;
-    log::info!(
-        "server-started: {} VMs of {} CPUs and {} MiB will be kept ready at {}",
+    event!(
+        SERVER_STARTED;
+        "{} VMs of {} CPUs and {} MiB will be kept ready at {}",
         config.pool,
         config.cpus(),
         config.memory(),
@@ -190,9 +190,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     notify::state(&format!("READY=1\nSTATUS=filling a pool of {} VMs", config.pool));
 
     // The one wait of the main thread: the driver ends by signal, Quit, or a panic.
-    while driver.done().recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
-        pool.board.facts().stuck = stuck::look();
-    }
+    stuck::watch(driver.done(), |stuck| pool.board.facts().stuck = stuck);
     pool.close();
     let Stop { why, then } = match driver.join(STOP) {
         Ok(stop) => stop,
@@ -205,7 +203,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         Then::Again => notify::reloading(),
         Then::End | Then::Next => notify::state("STOPPING=1"),
     }
-    log::info!("server-stopping: {why}");
+    event!(SERVER_STOPPING; "{why}");
     let mut socket = None;
     if let Some((mut server, listener)) = accepting.stop(JOIN) {
         socket = Some(listener);
@@ -216,6 +214,9 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
             .and_then(|w| w.join(JOIN).map(|_| ()));
         drop(server);
     }
+    if then == Then::Again {
+        listening.stop();
+    }
     match then {
         Then::End => {}
         _ if pool.ending() => sweep::end_ready(&config),
@@ -224,20 +225,20 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
                 let text = "the accepting thread did not end";
                 return Err(Error::Restart(io::Error::other(text)));
             };
-            log::info!("server-restarting: executing {}", program.display());
+            event!(SERVER_RESTARTING; "executing {}", program.display());
             let target = Some(pool.target()).filter(|t| *t != Target::Keep(config.pool));
             let (lock, socket) = (lock.file(), &socket.into());
             let given = Given { lock, socket, units, target };
             return Err(Error::Restart(handover::execute(&program, &given)));
         }
         Then::Next => {
-            log::info!("server-stopped: its VMs are the next server's");
+            event!(SERVER_STOPPED; "its VMs are the next server's");
             return Ok(());
         }
     }
     notify::forget();
     lock.release(units);
-    log::info!("server-stopped");
+    event!(SERVER_STOPPED; "nothing is left but what clients have");
     Ok(())
 }
 
@@ -248,13 +249,12 @@ fn socket(
     inherited: Option<Inherited>,
     config: &Config,
 ) -> Result<UnixListener, listener::Error> {
-    let socket = match inherited {
-        Some(Inherited { socket, units: true, .. }) => return Ok(socket),
+    match inherited {
+        Some(Inherited { socket, units: true, .. }) => Ok(socket),
+        // Who passed it keeps it already.
         Some(Inherited { socket, .. }) => lock.permit(config).map(|()| socket),
-        None => lock.listen(config),
-    }?;
-    notify::store(&socket);
-    Ok(socket)
+        None => lock.listen(config).inspect(notify::store),
+    }
 }
 
 /// Whether a test wants a server such as Kata's, which has no calls of ours.

@@ -7,6 +7,7 @@
 use std::panic::PanicHookInfo;
 use std::thread;
 
+use crate::events::event;
 use crate::sys::process::exit_now;
 
 /// The server's exit code then: Rust's own for a panic.
@@ -16,7 +17,8 @@ pub const PANICKED: i32 = 101;
 pub fn end_the_process() {
     std::panic::set_hook(Box::new(|info| {
         let current = thread::current();
-        log::error!("{}", told(current.name().unwrap_or("without a name"), info));
+        let thread = current.name().unwrap_or("without a name");
+        event!(PANIC, thread = thread; "{}", told(thread, info));
         exit_now(PANICKED);
     }));
 }
@@ -27,7 +29,7 @@ fn told(thread: &str, info: &PanicHookInfo<'_>) -> String {
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
     let place = info.location().map_or_else(String::new, |l| format!(" at {l}"));
     format!(
-        "panic: thread {thread}{place}: {}; this is a defect: the server ends, its VMs stay for \
+        "thread {thread}{place}: {}; this is a defect: the server ends, its VMs stay for \
          the next one",
         text.unwrap_or("no message")
     )

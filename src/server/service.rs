@@ -12,6 +12,7 @@ use grpcio::{
 use super::claim::{Call, Claimer};
 use super::peers::{Peer, Peers};
 use crate::config::Config;
+use crate::events::event;
 use crate::factory::cache::pool::Pool;
 use crate::factory::grpccache::LEASE_HEADER;
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig, GrpcVMStatus};
@@ -118,7 +119,7 @@ pub fn master<T: Send + 'static>(
 
 fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &Peers) {
     let Some((peer, sink)) = master(ctx, sink, peers, "Quit") else { return };
-    log::info!("quit: asked for by pid {} of uid {}", peer.pid, peer.uid);
+    event!(QUIT, pid = peer.pid, uid = peer.uid; "asked for by pid {} of uid {}", peer.pid, peer.uid);
     let pool = Arc::clone(pool);
     let why = format!("Quit by pid {}", peer.pid);
     let sent = sink.success(Empty::new());
@@ -137,7 +138,7 @@ pub fn claimer(ctx: &RpcContext<'_>, peers: &Peers) -> Result<Peer, String> {
     match peers.find(&ctx.peer()) {
         Some(peer) if peer.may_claim => Ok(peer),
         Some(Peer { pid, uid, .. }) => {
-            log::warn!("claim-refused: pid {pid} of uid {uid} is not among who may claim");
+            event!(CLAIM_REFUSED, pid = pid, uid = uid; "pid {pid} of uid {uid} is not among who may claim");
             Err(format!("uid {uid} may not claim VMs: see claim_users, claim_groups, and user"))
         }
         None => Err("the caller is not known".to_string()),

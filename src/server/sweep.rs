@@ -4,7 +4,7 @@
 //! new server follows them as the old one did: they end with the process that
 //! leases them, and their directories go when they end. Those that stood ready are
 //! given back, too, for the new pool ([`super::adopt`]). All others (half made, of
-//! an older configuration, or handed to a process that is gone before it can have
+//! another size, or handed to a process that is gone before it can have
 //! used them) are killed and their directories removed. Of other owners' VMs, only
 //! directories of client-booted ones whose QEMU is gone are removed.
 
@@ -14,17 +14,17 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::adopt::adopt;
+use super::adopt::{adopt, Age, Made};
 use crate::agent::address::PROXY_SOCKET;
 use crate::agent::kata::VHOST_SOCKET;
 use crate::config::Config;
+use crate::events::event;
 use crate::factory::cache::pool::Ready;
 use crate::hypervisor::qemu::argv::SHARED;
 use crate::process::Process;
 use crate::sys::process::start_time;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::{Ledger, State};
-use crate::vm::shape::shape;
 use crate::vm::{wire, Vm};
 
 /// After so many seconds a VM without a QEMU is nobody's: one is started at once.
@@ -37,6 +37,8 @@ pub struct Kept {
     pub handed: Vec<Vm>,
     /// VMs that nobody has had.
     pub ready: Vec<Ready>,
+    /// Likewise, made from an older configuration: to be replaced.
+    pub outdated: Vec<Ready>,
 }
 
 /// Makes the store when it is missing, and sweeps it.
@@ -48,7 +50,7 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
     DirBuilder::new().recursive(true).mode(0o711).create(store)?;
     nix::unistd::access(store, nix::unistd::AccessFlags::W_OK)?;
     let own = endpoint.display().to_string();
-    let shape = shape(config);
+    let now = Made::of(config);
     let mut kept = Kept::default();
     for (path, ledger) in Ledger::all(store) {
         let dead = !Process::adopt(ledger.pid, ledger.start_time).is_ok_and(|qemu| {
@@ -58,19 +60,25 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
         });
         if ledger.endpoint == own {
             if ledger.state == State::Ready && !dead {
-                match adopt(&path, ledger.clone(), &shape, config) {
-                    Ok(ready) => {
+                match adopt(&path, ledger.clone(), &now, config) {
+                    Ok((ready, Age::Current)) => {
                         kept.ready.push(ready);
                         continue;
                     }
-                    Err(why) => log::warn!("retired: VM {} of the pool before: {why}", ledger.id),
+                    Ok((ready, Age::Outdated)) => {
+                        kept.outdated.push(ready);
+                        continue;
+                    }
+                    Err(why) => {
+                        event!(RETIRED, vm = ledger.id, qemu = ledger.pid; "VM {} of the pool before: {why}", ledger.id)
+                    }
                 }
             }
             kept.handed.extend(settle(&path, ledger, dead));
         } else if ledger.endpoint.is_empty()
             && (dead && (ledger.pid != 0 || old(&ledger)) || forsaken(&ledger))
         {
-            log::warn!("swept: VM {} was left by a client that was killed", ledger.id);
+            event!(SWEPT, vm = ledger.id; "VM {} was left by a client that was killed", ledger.id);
             match ledger.pid {
                 0 => drop(unrecorded(&ledger.id)),
                 pid => drop(Process::adopt(pid, ledger.start_time)),
@@ -121,7 +129,7 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
     drop(attendants);
     if claimed && !dead {
         if let Ok(mut vm) = wire::from_directory(path, ledger) {
-            log::info!("kept: VM {id} (QEMU pid {}) is a client's", vm.pid());
+            event!(KEPT, vm = id, qemu = vm.pid(); "VM {id} (QEMU pid {}) is a client's", vm.pid());
             if vm.ledger().state != State::Handed {
                 if let Err(e) = vm.record(|l| l.state = State::Handed) {
                     log::warn!("record that VM {id} was handed out: {e}");
@@ -134,8 +142,9 @@ fn settle(path: &Path, ledger: Ledger, dead: bool) -> Option<Vm> {
         drop(VmDir::adopt(path));
         return None;
     }
-    log::warn!(
-        "swept: VM {id} ({}, QEMU pid {}{}) was left by a server that was killed",
+    event!(
+        SWEPT, vm = id, qemu = ledger.pid;
+        "VM {id} ({}, QEMU pid {}{}) was left by a server that was killed",
         ledger.state.name(),
         ledger.pid,
         if dead { ", dead" } else { "" }

@@ -6,6 +6,8 @@
 
 #[cfg(feature = "host")]
 pub mod cage;
+#[cfg(feature = "host")]
+pub mod clock;
 #[cfg(feature = "guest")]
 pub mod guest;
 #[cfg(feature = "host")]

@@ -228,6 +228,7 @@ impl Spawned {
             own_agent: true,
             attendants: Vec::new(),
             shape: shape::shape(config),
+            build: shape::build(config),
         };
         let seated = Seated::take(config, dir.path());
         let Seated { agent, channels, vsock } =

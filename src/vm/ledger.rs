@@ -141,6 +141,9 @@ pub struct Ledger {
     /// What it was made from ([`crate::vm::shape`]).
     #[serde(default)]
     pub shape: String,
+    /// What clients and servers reckon with ([`crate::vm::shape::build`]).
+    #[serde(default)]
+    pub build: String,
 }
 
 fn yes() -> bool {
@@ -319,6 +322,7 @@ mod tests {
             own_agent: true,
             attendants: vec![Record { role: Role::Proxy, pid: 8, start_time: 9 }],
             shape: "s".into(),
+            build: "b".into(),
         };
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::agent;
 use crate::agent::seat::{Seat, Way};
-use crate::config::options::QEMU;
+use crate::config::options::{AGENT, OURS, QEMU};
 use crate::config::{Config, Transport};
 use crate::confine;
 use crate::digest::hexadecimal;
@@ -80,6 +80,33 @@ pub fn shape(config: &Config) -> String {
         hash.update([0]);
     }
     hash.update(format!("{:?}", stamps(config)).as_bytes());
+    hash.update(confine::shape(config).as_bytes());
+    hexadecimal(hash)
+}
+
+/// Options that make a VM of another size or kind, which clients and servers reckon with.
+const BUILD: [(&str, &str); 11] = [
+    (QEMU, "default_vcpus"),
+    (QEMU, "default_memory"),
+    (QEMU, "memory_slots"),
+    (QEMU, "default_bridges"),
+    (QEMU, "machine_type"),
+    (QEMU, "shared_fs"),
+    (QEMU, "block_device_driver"),
+    (AGENT, "protocol"),
+    (OURS, "agent"),
+    (OURS, "transport"),
+    (OURS, "accel"),
+];
+
+/// A VM's size and kind, and how it is confined, in hexadecimal: two that are alike in
+/// this can be used the same way, whatever kernel or program they were made from.
+pub fn build(config: &Config) -> String {
+    let mut hash = Sha256::new();
+    for (table, key) in BUILD {
+        hash.update(format!("{table}.{key}={}\n", config.literal(table, key)).as_bytes());
+    }
+    hash.update(config.max_cpus().to_le_bytes());
     hash.update(confine::shape(config).as_bytes());
     hexadecimal(hash)
 }

@@ -33,6 +33,8 @@ fn doctor_boots_a_guest_and_says_what_is_missing() {
     assert!(boot["evidence"].as_str().unwrap().contains("agent answered after"));
     assert_eq!(finding(&json, "qemu")["state"], "good");
     assert_eq!(finding(&json, "landlock")["state"], "good");
+    let versions = finding(&json, "versions");
+    assert_eq!(versions["state"], "good", "{versions}");
     assert!(qemus(&dir.0).is_empty());
 
     let mut options = Options::pool(&prepared, 1);
@@ -83,8 +85,12 @@ fn what_a_server_counts_is_open_metrics() {
     for family in ["vmcache_claim_seconds", "vmcache_claims", "vmcache_pool_vms", "vmcache_boots"] {
         assert!(parsed.families.contains_key(family), "{family} in {said}");
     }
-    assert!(said.contains("vmcache_claims_total{outcome=\"from_pool\"} 1\n"), "{said}");
+    assert!(
+        said.contains("vmcache_claims_total{outcome=\"from_pool\",source=\"direct\"} 1\n"),
+        "{said}"
+    );
     assert!(said.contains("vmcache_claim_seconds_count 1\n"), "{said}");
+    assert!(said.contains("vmcache_exec_ready_seconds_count 1\n"), "{said}");
     assert!(said.contains("vmcache_claim_seconds_bucket{le=\"0.00005\"}"), "{said}");
     assert!(said.contains("vmcache_pool_vms{state=\"ready\"} 1\n"), "{said}");
     assert_nothing_left(&daemon.quit().0);

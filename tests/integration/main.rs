@@ -16,6 +16,7 @@
 //! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
 //! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
 //! | `doctor`    | what a host lacks; what a server counts, as OpenMetrics |
+//! | `messages`  | what a server tells syslog, in both forms, and how much |
 //! | `faults`    | what can be wrong, each with its error and exit code |
 //! | `deaths`    | SIGKILL of clients and of VMs |
 //! | `restart`   | servers that are killed or restarted, and what becomes of their VMs |
@@ -52,6 +53,7 @@ mod hostile;
 mod interop;
 mod kata1;
 mod memory;
+mod messages;
 mod pool;
 mod readme;
 mod resize;

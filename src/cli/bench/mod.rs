@@ -5,6 +5,7 @@
 //! of any call here, and suffers alike from the boots that have begun.
 //! Every VM that is claimed is ended afterwards.
 
+mod advise;
 mod idle;
 mod refill;
 mod samples;
@@ -48,6 +49,9 @@ pub fn bench(common: &Common, b: &Bench) -> Outcome {
         return refill::bench(Config::load(common.config.as_deref())?, b, clones);
     }
     let server = connect(common)?;
+    if let Some(rate) = &b.advise {
+        return advise::advise(&server, b, rate);
+    }
     let config = optional_config(common)?;
     let mut m = Measured::default();
     let details = wait_full(&server)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_derive::Serialize;
 use serde_json::{json, Value};
@@ -30,6 +30,8 @@ pub struct Seen {
     pub awake: bool,
     /// Whether a server before this one made it.
     pub adopted: bool,
+    /// Whether it stands ready and is of an older configuration.
+    pub outdated: bool,
     /// What its claimer calls it.
     pub label: String,
 }
@@ -46,6 +48,7 @@ impl Seen {
             since,
             awake: false,
             adopted: false,
+            outdated: false,
             label: vm.ledger().label.clone(),
         }
     }
@@ -83,6 +86,8 @@ pub struct Facts {
     pub started: u64,
     /// VMs to keep ready.
     pub target: usize,
+    /// VMs made at the same time, at most.
+    pub parallel: usize,
     /// Claims in line.
     pub waiting: usize,
     /// Counts.
@@ -91,6 +96,10 @@ pub struct Facts {
     pub vms: BTreeMap<i32, Seen>,
     /// From a claim's coming to its client's having the VM.
     pub claim: Histogram,
+    /// From a client's asking until its VM could run a command.
+    pub exec_ready: Histogram,
+    /// Claims answered, by the VM's source: with one that stood ready, and after waiting.
+    pub claims: BTreeMap<String, [u64; 2]>,
     /// Until a VM is ready, booted and cloned.
     pub made: [Histogram; 2],
     /// Boots that failed, by their phase.
@@ -101,6 +110,17 @@ pub struct Facts {
     pub stuck: Vec<String>,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
+}
+
+impl Facts {
+    /// A client could use the VM that it claimed after so long; whether there is such a VM.
+    pub fn used(&mut self, id: &str, took: Duration) -> bool {
+        let known = self.vms.values().any(|vm| vm.state == State::Handed && vm.id == id);
+        if known {
+            self.exec_ready.add(took);
+        }
+        known
+    }
 }
 
 /// The facts, for whoever asks.
@@ -132,9 +152,17 @@ impl Board {
                 json!({
                     "id": vm.id, "pid": pid, "state": vm.state.name(), "source": vm.source,
                     "cpus": vm.cpus, "memory_mib": vm.memory_mib,
-                    "age_s": vm.since.elapsed().as_secs(), "adopted": vm.adopted,
+                    "age_s": vm.since.elapsed().as_secs(), "adopted": vm.adopted, "outdated": vm.outdated,
                     "label": vm.label,
                 })
+            })
+            .collect();
+        let outdated = facts.vms.values().filter(|v| v.outdated).count();
+        let claims: serde_json::Map<String, Value> = facts
+            .claims
+            .iter()
+            .map(|(source, [at_once, waited])| {
+                (source.clone(), json!({"from_pool": at_once, "waited": waited}))
             })
             .collect();
         json!({
@@ -150,14 +178,18 @@ impl Board {
                 "booting": count(State::Booting),
                 "waiting": facts.waiting,
                 "held": facts.held,
+                "outdated": outdated,
+                "parallel": facts.parallel,
             },
             "counters": facts.counters,
             "vms": vms,
             "latency": {
                 "claim": facts.claim.json(),
+                "exec_ready": facts.exec_ready.json(),
                 "direct": facts.made[0].json(),
                 "template": facts.made[1].json(),
             },
+            "claims": claims,
             "failures": facts.failures,
             "memory_bytes": crate::host::resident_bytes(),
             "stuck": facts.stuck,

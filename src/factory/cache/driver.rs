@@ -9,11 +9,13 @@ mod confirm;
 mod ending;
 mod handed;
 mod line;
+mod outdated;
 mod refill;
 mod rest;
+mod supervised;
 mod target;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use super::pool::{Ends, Event, Job, Pool, Ready, Stop, Then};
 use super::room::Room;
 use super::watch::Watch;
 use crate::config::Config;
+use crate::events::event;
 use crate::process::attendant::Role;
 use crate::stuck;
 use crate::sys::process::stand_back;
@@ -107,6 +110,9 @@ pub struct Driver {
     held: Option<Instant>,
     /// When to try again to remove what could not be removed.
     tidy: Option<Instant>,
+    /// VMs of the pool, by QEMU's pid, that are of an older configuration.
+    outdated: HashSet<i32>,
+    supervised: supervised::Supervised,
     /// Stopping, with VMs left to the next server.
     leaving: bool,
 }
@@ -136,6 +142,7 @@ impl Driver {
         {
             let mut facts = pool.board.facts();
             facts.target = config.pool;
+            facts.parallel = workers.len();
             let now = SystemTime::now().duration_since(UNIX_EPOCH);
             facts.started = now.map_or(0, |d| d.as_nanos() as u64);
         }
@@ -161,6 +168,8 @@ impl Driver {
             room: Room::new(config),
             held: None,
             tidy: None,
+            outdated: HashSet::new(),
+            supervised: supervised::Supervised::new(),
             leaving: false,
         })
     }
@@ -178,7 +187,8 @@ impl Driver {
             self.end_unconfirmed(now);
             let held = self.held.filter(|until| now < *until);
             let refill = self.policy.wake_at(self.view(), now);
-            let wake = [refill, held, self.rest_at(now), self.grace_at(), self.tidy_at(now)];
+            let (rest, tidy) = (self.rest_at(now), self.tidy_at(now));
+            let wake = [refill, held, rest, self.grace_at(), tidy, self.supervisor_at(now)];
             let alarm = wake.into_iter().flatten().min().map_or_else(never, at);
             let look = if self.line.is_empty() { never() } else { after(LOOK) };
             let event = select! {
@@ -216,7 +226,9 @@ impl Driver {
 
     fn view(&self) -> View {
         // What is in hands may come back, and an event tells when it does not.
-        let ready = self.pool.ready.len() + self.pool.in_hands();
+        let all = self.pool.ready.len() + self.pool.in_hands();
+        // Those of an older configuration are to be replaced.
+        let ready = all.saturating_sub(self.outdated());
         View { ready, booting: self.booting.len(), waiting: self.line.len() }
     }
 
@@ -259,14 +271,18 @@ impl Driver {
             facts.made[clone].add(since.elapsed());
             facts.vms.insert(pid, seen);
         }
-        log::info!(
-            "vm-ready: VM {} (QEMU pid {pid}) after {:.1} s; {} of {} in the pool",
+        event!(
+            VM_READY, vm = vm.id(), qemu = pid, seconds = format_args!("{:.3}", since.elapsed().as_secs_f64());
+            "VM {} (QEMU pid {pid}) after {:.1} s; {} of {} in the pool",
             vm.id(),
             since.elapsed().as_secs_f64(),
             self.pool.ready.len() + 1,
             self.policy.target()
         );
         self.publish(ready);
+        if self.outdated() > 0 {
+            self.best_first();
+        }
     }
 
     /// Has the watch tell of the end of its QEMU.
@@ -317,7 +333,7 @@ impl Driver {
     fn died(&mut self, ready: Ready, what: &str) {
         let (id, pid) = (ready.vm.id(), ready.vm.pid());
         let text = format!("VM {id} (QEMU pid {pid}), which stood ready, {what}");
-        log::error!("vm-died: {text}; replacing it");
+        event!(VM_DIED, vm = id, qemu = pid; "{text}; replacing it");
         self.forget(ready.vm.pid());
         let mut facts = self.pool.board.facts();
         facts.counters.died_ready += 1;
@@ -327,6 +343,7 @@ impl Driver {
     /// No word of it in status, and no watch.
     fn forget(&mut self, pid: i32) {
         self.pool.board.facts().vms.remove(&pid);
+        self.outdated.remove(&pid);
         if let Some(token) = self.tokens.remove(&pid) {
             self.watch.remove(token);
             self.watched.remove(&token);

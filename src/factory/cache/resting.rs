@@ -14,6 +14,7 @@ use super::pool::{Event, Pool, Ready};
 use crate::agent::address::Address;
 use crate::agent::{self, Error};
 use crate::config::Config;
+use crate::events::event;
 use crate::report::chain;
 use crate::stuck;
 use crate::vm::wire;
@@ -87,7 +88,7 @@ fn silent(rehearsed: Result<(), Error>, agent: &Address) -> Option<String> {
     match guest.then(asked) {
         Some(Err(again)) => Some(chain(&again)),
         Some(Ok(())) | None => {
-            log::info!("rehearsal: {}; the VM starts cold", chain(&e));
+            event!(REHEARSAL; "{}; the VM starts cold", chain(&e));
             None
         }
     }

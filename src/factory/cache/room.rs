@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::config::options::QEMU;
 use crate::config::{Config, QEMU_MIB};
+use crate::events::event;
 use crate::host;
 
 /// Between two looks while there is none.
@@ -44,8 +45,8 @@ impl Room {
     pub fn look(&mut self, making: usize) -> bool {
         let now = self.why_not(making as u64);
         match (&self.short, &now) {
-            (None, Some(why)) => log::warn!("memory-short: {why}; no VM is made until then"),
-            (Some(_), None) => log::info!("memory-enough: VMs are made again"),
+            (None, Some(why)) => event!(MEMORY_SHORT; "{why}; no VM is made until then"),
+            (Some(_), None) => event!(MEMORY_ENOUGH; "VMs are made again"),
             _ => {}
         }
         self.short = now;

@@ -24,6 +24,7 @@ use crate::agent::Agent;
 use crate::config::options::OURS;
 use crate::config::Config;
 use crate::digest::sha256;
+use crate::events::event;
 use crate::hypervisor::qemu::bzimage;
 use crate::report::chain;
 use crate::vm::birth::Watch;
@@ -124,22 +125,23 @@ pub fn obtain(config: &Config, anew: bool, watch: Watch<'_>) -> Result<(Image, b
     if !anew {
         match reuse(config, &place, &parts, &sources) {
             Ok(image) => {
-                log::info!("template-reused: {}", place.path().display());
+                event!(TEMPLATE_REUSED; "{}", place.path().display());
                 return Ok((image, false));
             }
-            Err(why) => log::info!("template-missing: {}: {why}", place.path().display()),
+            Err(why) => event!(TEMPLATE_MISSING; "{}: {why}", place.path().display()),
         }
     }
     let before = Instant::now();
-    log::info!("template-making: a VM is booted to be cloned, in {}", place.path().display());
+    event!(TEMPLATE_MAKING; "a VM is booted to be cloned, in {}", place.path().display());
     let image = make(config, &place, parts, sources, watch).inspect_err(|e| {
         if let Err(e) = clear(&place) {
             log::warn!("clear {}: {e}", place.path().display());
         }
         log::debug!("template: {}", chain(e));
     })?;
-    log::info!(
-        "template-ready: {} after {:.1} s",
+    event!(
+        TEMPLATE_READY, seconds = format_args!("{:.3}", before.elapsed().as_secs_f64());
+        "{} after {:.1} s",
         place.path().display(),
         before.elapsed().as_secs_f64()
     );
@@ -231,7 +233,7 @@ fn make(
         }
         // A guest without our agent's program: its clones merely start cold.
         if let Err(e) = rehearsal::run(agent) {
-            log::info!("template-cold: its guest ran no command before: {}", chain(&e));
+            event!(TEMPLATE_COLD; "its guest ran no command before: {}", chain(&e));
         }
     };
     let qemu_version = boot_template(config, &memory, &state, &warm, watch)?;

@@ -31,9 +31,13 @@ use place::Place;
 use super::{BaseFactory, Error, VmStatus};
 use crate::config::options::FACTORY;
 use crate::config::Config;
+use crate::events::event;
 use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_clone, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
+
+/// How long another process may work on a place that shall be made.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Makes clones of one template, from as many threads as like.
 #[derive(Debug)]
@@ -64,6 +68,14 @@ impl Template {
         Template { config: Arc::clone(config), current: Mutex::default() }
     }
 
+    /// Makes the place in memory where it will be.
+    ///
+    /// # Errors
+    /// What is wrong with that place.
+    pub fn place(&self) -> Result<(), impl std::error::Error> {
+        Place::open(&path(&self.config), self.config.memory(), PATIENCE).map(|_| ())
+    }
+
     fn current(&self) -> MutexGuard<'_, Option<Arc<Image>>> {
         self.current.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -92,7 +104,7 @@ impl Template {
         }
         *current = None;
         if let Some(failures) = suspect {
-            log::warn!("template-suspect: {failures} clones in a row failed");
+            event!(TEMPLATE_SUSPECT; "{failures} clones in a row failed");
         }
         let (image, made) = image::obtain(&self.config, suspect.is_some(), watch)?;
         let image = Arc::new(image);

@@ -81,6 +81,7 @@ pub(super) fn adopt(
         own_agent: false,
         attendants: proxy.iter().map(Attendant::record).collect(),
         shape: String::new(),
+        build: String::new(),
     };
     let attendants = proxy.into_iter().collect();
     let vm = Vm { process, attendants, dir: vm_dir, ledger, agent, paused: true };

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::super::pool::{Asked, Refusal, GRACE};
 use super::{Driver, KILL};
+use crate::events::event;
 use crate::sys::process::pidfd_kill;
 use crate::vm::ledger::Owner;
 
@@ -32,8 +33,9 @@ impl Driver {
             self.graces.pop_front();
             let due = self.handed.get(&pid).filter(|h| h.until == Some(until));
             if let Some(handed) = due {
-                log::warn!(
-                    "reclaimed: the claim of VM {} was not confirmed within {} s; ending the VM",
+                event!(
+                    RECLAIMED, vm = handed.ledger.id, qemu = pid;
+                    "the claim of VM {} was not confirmed within {} s; ending the VM",
                     handed.ledger.id,
                     GRACE.as_secs()
                 );
@@ -89,7 +91,7 @@ impl Driver {
                 return Err(Refusal::NotYours);
             }
             if let Some(handed) = self.handed.get(&pid) {
-                log::info!("released: VM {id} by pid {} of uid {}", by.pid, by.uid);
+                event!(RELEASED, vm = id, pid = by.pid, uid = by.uid; "VM {id} by pid {} of uid {}", by.pid, by.uid);
                 let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
             }
             Ok(())

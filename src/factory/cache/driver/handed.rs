@@ -7,6 +7,7 @@ use super::super::board::Seen;
 use super::super::pool::{Delivered, Ready};
 use super::{Driver, Handed, Watched, KILL};
 use crate::confine::cgroup;
+use crate::events::event;
 use crate::process::attendant::Role;
 use crate::process::reap;
 use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
@@ -27,6 +28,10 @@ impl Driver {
                 true => facts.counters.claims_waited += 1,
                 false => facts.counters.claims_from_pool += 1,
             }
+            facts.claims.entry(vm.source().to_string()).or_default()[usize::from(waited)] += 1;
+            if let Some(seen) = facts.vms.get_mut(&vm.pid()) {
+                seen.outdated = false;
+            }
         }
         if !owner.unconfirmed {
             // Kata's: it makes its VM larger without a word, and moves it into a cgroup of its own.
@@ -34,9 +39,12 @@ impl Driver {
                 log::warn!("leave the memory of VM {} to its client: {e}", vm.id());
             }
         }
+        self.outdated.remove(&vm.pid());
         self.policy.claimed(Instant::now());
-        log::info!(
-            "vm-claimed: VM {} (QEMU pid {}) went to pid {} of uid {}{}",
+        event!(
+            VM_CLAIMED, vm = vm.id(), qemu = vm.pid(), pid = owner.pid, uid = owner.uid,
+            seconds = format_args!("{:.6}", took.as_secs_f64());
+            "VM {} (QEMU pid {}) went to pid {} of uid {}{}",
             vm.id(),
             vm.pid(),
             owner.pid,
@@ -61,10 +69,10 @@ impl Driver {
     /// one too many is ended.
     ///
     /// Call it before [`Driver::run`].
-    pub fn adopt(&mut self, ready: Ready) {
+    pub fn adopt(&mut self, ready: Ready, outdated: bool) {
         let (id, pid) = (ready.vm.id().to_string(), ready.vm.pid());
         if self.pool.ready.len() >= self.policy.target() {
-            log::info!("retired: VM {id} (QEMU pid {pid}) of the pool before: this one is full");
+            event!(RETIRED, vm = id, qemu = pid; "VM {id} (QEMU pid {pid}) of the pool before: this one is full");
             return ready.vm.destroy();
         }
         let age = SystemTime::now()
@@ -72,13 +80,17 @@ impl Driver {
         let since = age.ok().and_then(|age| Instant::now().checked_sub(age));
         let since = since.unwrap_or_else(Instant::now);
         self.watch_qemu(&ready.vm);
-        let seen = Seen { adopted: true, ..Seen::of(&ready.vm, State::Ready, since) };
+        let seen = Seen { adopted: true, outdated, ..Seen::of(&ready.vm, State::Ready, since) };
         {
             let mut facts = self.pool.board.facts();
             facts.counters.adopted += 1;
             facts.vms.insert(pid, seen);
         }
-        log::info!("adopted: VM {id} (QEMU pid {pid}) of the pool before");
+        if outdated {
+            self.outdated.insert(pid);
+        }
+        let what = if outdated { ", until a new one can replace it" } else { "" };
+        event!(ADOPTED, vm = id, qemu = pid; "VM {id} (QEMU pid {pid}) of the pool before{what}");
         self.publish(Box::new(ready));
     }
 
@@ -137,8 +149,9 @@ impl Driver {
     pub(super) fn end_lease(&mut self, pid: i32) {
         let Some(handed) = self.handed.get(&pid) else { return };
         if pidfd_alive(handed.pidfd.as_fd()) {
-            log::info!(
-                "reclaimed: the process that leased VM {} has ended; ending the VM",
+            event!(
+                RECLAIMED, vm = handed.ledger.id, qemu = pid;
+                "the process that leased VM {} has ended; ending the VM",
                 handed.ledger.id
             );
             self.pool.board.facts().counters.leases_ended += 1;
@@ -148,7 +161,7 @@ impl Driver {
 
     pub(super) fn undelivered(&mut self, vm: Vm, why: &str) {
         self.pool.out_of_hands();
-        log::warn!("VM {} was not delivered ({why}): destroying it", vm.id());
+        event!(UNDELIVERED, vm = vm.id(), qemu = vm.pid(); "VM {} was not delivered ({why}): destroying it", vm.id());
         self.forget(vm.pid());
         self.pool.board.facts().counters.deliveries_failed += 1;
         vm.destroy();
@@ -162,14 +175,15 @@ impl Driver {
             for attendant in &handed.attendants {
                 reap(attendant.as_fd());
             }
-            log::info!(
-                "attendant-ended: the {name} of VM {} (QEMU pid {pid}) has ended",
+            event!(
+                ATTENDANT_ENDED, vm = handed.ledger.id, qemu = pid;
+                "the {name} of VM {} (QEMU pid {pid}) has ended",
                 handed.ledger.id
             );
             return;
         }
         if self.pool.board.facts().vms.contains_key(&pid) {
-            log::warn!("attendant-ended: the {name} of QEMU pid {pid} has ended");
+            event!(ATTENDANT_ENDED, qemu = pid; "the {name} of QEMU pid {pid} has ended");
             self.sweep_ready();
         }
     }
@@ -192,7 +206,7 @@ impl Driver {
                 reap(attendant.as_fd());
             }
             drop(crate::vm::dir::VmDir::adopt(&handed.dir));
-            log::info!("vm-ended: VM {} (QEMU pid {pid}) has ended", handed.ledger.id);
+            event!(VM_ENDED, vm = handed.ledger.id, qemu = pid; "VM {} (QEMU pid {pid}) has ended", handed.ledger.id);
         }
     }
 }

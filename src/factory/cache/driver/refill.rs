@@ -7,6 +7,7 @@ use super::super::board::Seen;
 use super::super::pool::{Job, Ready};
 use super::super::room;
 use super::{Booting, Driver};
+use crate::events::event;
 use crate::report::chain;
 use crate::sys::process::random;
 use crate::vm::boot::BootError;
@@ -15,7 +16,7 @@ use crate::vm::ledger::State;
 impl Driver {
     /// Begins as many boots as are wanted and there is room for.
     pub(super) fn start_boots(&mut self, now: Instant) {
-        let Some(jobs) = &self.jobs else { return };
+        let Some(jobs) = self.jobs.clone() else { return };
         let wanted = self.policy.to_start(self.view(), now);
         if wanted == 0 {
             // Nothing is missing any more, or it is not the time: no word of memory.
@@ -28,7 +29,7 @@ impl Driver {
             return;
         }
         for _ in 0..wanted {
-            let room = self.room.look(self.booting.len());
+            let room = self.room.look(self.booting.len()) || self.give_way();
             self.held = (!room).then(|| now + room::LOOK);
             self.pool.board.facts().held = self.room.short().map(str::to_string);
             if !room {
@@ -55,6 +56,7 @@ impl Driver {
             since: booting.since,
             awake: false,
             adopted: false,
+            outdated: false,
             label: String::new(),
         };
         let before = booting.qemu.replace((pid, pidfd));
@@ -82,8 +84,9 @@ impl Driver {
                 let jitter = random(&mut byte).map_or(0.5, |()| f64::from(byte[0]) / 255.0);
                 let pause = self.policy.failed(since, Instant::now(), jitter);
                 let text = chain(&*e);
-                log::error!(
-                    "boot-failed: {text}; failure {} in a row, next try in {:.1} s",
+                event!(
+                    BOOT_FAILED, vm = e.id, qemu = e.pid, phase = e.phase.name();
+                    "{text}; failure {} in a row, next try in {:.1} s",
                     self.policy.failures(),
                     pause.as_secs_f64()
                 );

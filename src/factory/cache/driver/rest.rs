@@ -152,10 +152,7 @@ impl Driver {
         }
         ready.at_rest = true;
         self.publish(ready);
-        // Claims take the first: those at rest before those that are not.
-        let mut all: Vec<_> = self.pool.ready.try_iter().collect();
-        all.sort_by_key(|ready| !ready.at_rest);
-        all.into_iter().for_each(|ready| self.publish(ready));
+        self.best_first();
     }
 
     /// A VM out of the ready channel, if it is there.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::super::claim::Answer;
-use super::super::pool::{Ready, Target};
+use super::super::pool::Target;
 use super::Driver;
+use crate::events::event;
 use crate::worker::Worker;
 
 impl Driver {
@@ -12,11 +13,11 @@ impl Driver {
     pub(super) fn set_target(&mut self, target: Target, by: &str) {
         let n = match target {
             Target::Keep(n) => {
-                log::info!("pool-resized: {n} VMs will be kept ready, asked for by {by}");
+                event!(POOL_RESIZED; "{n} VMs will be kept ready, asked for by {by}");
                 n
             }
             Target::Drained => {
-                log::info!("pool-drained: no VM is handed out any more, asked for by {by}");
+                event!(POOL_DRAINED; "no VM is handed out any more, asked for by {by}");
                 0
             }
         };
@@ -24,7 +25,11 @@ impl Driver {
         self.pool.drain(drained);
         self.add_workers(n);
         self.policy.set_target(n, self.workers.len());
-        self.pool.board.facts().target = n;
+        {
+            let mut facts = self.pool.board.facts();
+            facts.target = n;
+            facts.parallel = self.workers.len();
+        }
         if drained {
             while let Some(place) = self.line.pop() {
                 self.pool.left_line(&place);
@@ -60,12 +65,5 @@ impl Driver {
                 false => self.retire(*ready),
             }
         }
-    }
-
-    fn retire(&mut self, ready: Ready) {
-        let (id, pid) = (ready.vm.id(), ready.vm.pid());
-        log::info!("retired: VM {id} (QEMU pid {pid}): the pool has more than it shall keep");
-        self.forget(pid);
-        ready.vm.destroy();
     }
 }

@@ -5,10 +5,26 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::time::Duration;
 
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags, UnixAddr};
 
-use super::handover::STORED;
+/// What systemd calls the socket that it keeps for the next server.
+pub const STORED: &str = "vmcache-socket";
+
+/// Whether somebody wants to be told.
+pub fn wanted() -> bool {
+    env::var_os("NOTIFY_SOCKET").is_some_and(|p| !p.is_empty())
+}
+
+/// How often somebody wants to hear that this process is well: twice in the time after
+/// which it would be ended (sd_watchdog_enabled(3)).
+pub fn watchdog() -> Option<Duration> {
+    let number = |name: &str| env::var(name).ok()?.parse::<u64>().ok();
+    let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+    let limit = number("WATCHDOG_USEC").filter(|n| *n > 0 && ours && wanted())?;
+    Some(Duration::from_micros(limit) / 2)
+}
 
 /// Sends a state such as `READY=1`; nothing where nobody asked.
 pub fn state(text: &str) {

@@ -1,0 +1,199 @@
+//! `vmcache bench --advise RATE`: how large a pool has to be, from the refill measured
+//! here and the claims that are expected.
+//!
+//! A VM's place in the pool is empty from its claim until another VM is ready. With
+//! claims that come at random, at a mean rate λ, and refills that take T on average, at
+//! most `c` of them at a time, the places that are empty are the customers of a queue
+//! with `c` servers; a claim waits when all places are. With `c` as large as the pool
+//! that is Erlang's loss formula.
+//!
+//! Source: Erlang B, and its queue with fewer servers than places (M/M/c/N).
+
+use std::time::Duration;
+
+use serde_json::{json, Value};
+
+use super::{claims, wait_full, Measured};
+use crate::cli::args::Bench;
+use crate::cli::output::{table, Failure, FAILED, USAGE};
+use crate::cli::progress::Progress;
+use crate::config::{MAX_POOL, QEMU_MIB};
+use crate::factory::grpccache::GrpcCache;
+
+/// The part of claims that may wait.
+const MAY_WAIT: f64 = 0.01;
+
+/// What the advice rests on.
+struct Basis {
+    /// Claims a second.
+    rate: f64,
+    /// Of one VM.
+    refill: Duration,
+    /// How many refills that is the mean of.
+    measured: u64,
+    /// Refills at a time.
+    parallel: usize,
+    /// Of one VM, MiB.
+    memory: u64,
+}
+
+/// The part of claims that find no VM, of a pool of `places`.
+fn waits(b: &Basis, places: usize) -> f64 {
+    let load = b.rate * b.refill.as_secs_f64();
+    // Terms of the distribution, each from the one before, the sum kept near one.
+    let (mut term, mut sum) = (1.0_f64, 1.0_f64);
+    for k in 1..=places {
+        term *= load / k.min(b.parallel) as f64;
+        sum += term;
+        if sum > 1e100 {
+            term /= sum;
+            sum = 1.0;
+        }
+    }
+    term / sum
+}
+
+/// The smallest pool that will do.
+fn smallest(b: &Basis) -> Option<usize> {
+    // Claims that come faster than VMs can be made empty a pool of any size.
+    let most = b.parallel as f64 / b.refill.as_secs_f64();
+    (b.rate < most).then(|| (1..=MAX_POOL as usize).find(|n| waits(b, *n) <= MAY_WAIT)).flatten()
+}
+
+/// Claims a second, from `0.5`, `30/min` or `1800/h`.
+fn rate(text: &str) -> Option<f64> {
+    let (number, unit) = text.split_once('/').unwrap_or((text, "s"));
+    let seconds = match unit.trim() {
+        "s" => 1.0,
+        "min" | "m" => 60.0,
+        "h" => 3600.0,
+        _ => return None,
+    };
+    let rate = number.trim().parse::<f64>().ok()? / seconds;
+    (rate.is_finite() && rate > 0.0 && rate < 1e6).then_some(rate)
+}
+
+fn made(status: &Value) -> (u64, f64) {
+    let of = |source: &str| {
+        let histogram = &status["latency"][source];
+        let (count, sum) = (histogram["count"].as_u64(), histogram["sum"].as_f64());
+        (count.unwrap_or(0), sum.unwrap_or(0.0))
+    };
+    let (direct, template) = (of("direct"), of("template"));
+    (direct.0 + template.0, direct.1 + template.1)
+}
+
+/// Measures the refill, and advises.
+pub fn advise(server: &GrpcCache, b: &Bench, text: &str) -> Result<u8, Failure> {
+    let Some(rate) = rate(text) else {
+        let text = format!("--advise {text:?}: claims, as 0.5 (a second), 30/min or 1800/h");
+        return Err(Failure::new(USAGE, text));
+    };
+    let progress = Progress::start("measuring the refill");
+    let before = wait_full(server)?;
+    let target = before["pool"]["target"].as_u64().unwrap_or(1) as usize;
+    claims(server, b.n.max(target), &mut Measured::default())?;
+    let after = wait_full(server)?;
+    drop(progress);
+    let ((count, sum), (n, all)) = (made(&before), made(&after));
+    let measured = n.saturating_sub(count);
+    if measured == 0 {
+        let text = "no VM was made while the refill was measured: was the server restarted?";
+        return Err(Failure::new(FAILED, text));
+    }
+    let memory = after["vms"][0]["memory_mib"].as_u64().unwrap_or(0) + QEMU_MIB;
+    let refill = Duration::from_secs_f64(((all - sum) / measured as f64).max(1e-6));
+    let parallel = after["pool"]["parallel"].as_u64().unwrap_or(1).max(1) as usize;
+    report(b, &Basis { rate, refill, measured, parallel, memory })
+}
+
+fn report(b: &Bench, basis: &Basis) -> Result<u8, Failure> {
+    let advice = smallest(basis);
+    let refill = basis.refill.as_secs_f64();
+    let most = basis.parallel as f64 / refill;
+    let around = advice.unwrap_or(1);
+    let sizes: Vec<usize> = [around / 2, around.saturating_sub(1), around, around + 1, around * 2]
+        .into_iter()
+        .filter(|n| *n > 0)
+        .collect::<std::collections::BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    if b.json.json {
+        let pools: Vec<Value> = sizes
+            .iter()
+            .map(|n| json!({"vm_cache_number": n, "wait": waits(basis, *n), "memory_mib": basis.memory * *n as u64}))
+            .collect();
+        let out = json!({
+            "claims_per_second": basis.rate, "refill_s": refill, "refills": basis.measured,
+            "parallel": basis.parallel, "most_per_second": most, "may_wait": MAY_WAIT,
+            "vm_cache_number": advice, "pools": pools,
+        });
+        println!("{out}");
+        return Ok(u8::from(advice.is_none()));
+    }
+    println!(
+        "refill  {refill:.2} s a VM (mean of {}), {} at a time: {most:.2} VMs a second at most",
+        basis.measured, basis.parallel
+    );
+    println!("claims  {:.3} a second\n", basis.rate);
+    let Some(advice) = advice else {
+        let text = "no pool is large enough: claims come faster than VMs are made; make clones \
+                    (enable_template), raise boot_parallel where processors are idle, or spread \
+                    the claims over more nodes";
+        return Err(Failure::new(FAILED, text));
+    };
+    let mut rows =
+        vec![["VM_CACHE_NUMBER", "CLAIMS THAT WAIT", "MEMORY"].map(String::from).to_vec()];
+    for n in sizes {
+        rows.push(vec![
+            n.to_string(),
+            format!("{:.2} %", 100.0 * waits(basis, n)),
+            format!("{} MiB", basis.memory * n as u64),
+        ]);
+    }
+    print!("{}", table(&rows));
+    println!(
+        "\nvm_cache_number = {advice}: no more than {:.0} of 100 claims wait for a VM",
+        100.0 * MAY_WAIT
+    );
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn basis(rate: f64, seconds: f64, parallel: usize) -> Basis {
+        let refill = Duration::from_secs_f64(seconds);
+        Basis { rate, refill, measured: 1, parallel, memory: 320 }
+    }
+
+    #[test]
+    fn with_refills_enough_it_is_erlangs_table() {
+        // B(5, 2) and B(10, 5), from his table.
+        assert!((waits(&basis(2.0, 1.0, 5), 5) - 0.0367).abs() < 1e-4);
+        assert!((waits(&basis(1.0, 5.0, 10), 10) - 0.0184).abs() < 1e-4);
+        // Load 2 with at most 1 % lost takes seven.
+        assert_eq!(smallest(&basis(2.0, 1.0, 100)), Some(7));
+    }
+
+    #[test]
+    fn with_one_refill_at_a_time_it_is_the_queue_of_one_server() {
+        // M/M/1/N: (1 - r) r^N / (1 - r^(N+1)).
+        let (r, n) = (0.5_f64, 4);
+        let exact = (1.0 - r) * r.powi(n) / (1.0 - r.powi(n + 1));
+        assert!((waits(&basis(0.5, 1.0, 1), n as usize) - exact).abs() < 1e-12);
+        assert_eq!(smallest(&basis(2.0, 1.0, 2)), None);
+        assert!(waits(&basis(1000.0, 100.0, 1), 4000) <= 1.0);
+    }
+
+    #[test]
+    fn rates_are_read_by_the_second_the_minute_and_the_hour() {
+        assert_eq!(rate("0.5"), Some(0.5));
+        assert_eq!(rate("30/min"), Some(0.5));
+        assert_eq!(rate("1800/h"), Some(0.5));
+        for bad in ["", "0", "-1", "x", "1/day", "inf"] {
+            assert_eq!(rate(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Messages: a server's go where its configuration says, all others to stderr.
+//!
+//! What the command line says counts before the environment, and that before the
+//! configuration, which a reload reads again.
+
+mod lines;
+mod sink;
+
+use std::io::{self, IsTerminal, Write};
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+use super::args::{Cli, Command, Factory, LogTo as Asked};
+use super::output::{Failure, FAILED, USAGE};
+use crate::config::logging::{Form, LogTo, Logging, DEV_LOG};
+use crate::config::Config;
+use lines::Line;
+use sink::Sink;
+
+struct Stderr {
+    server: bool,
+}
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        ours(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !ours(record.metadata()) {
+            return;
+        }
+        // One write a line: whole lines in the file, and quick.
+        let told = Line::of(record).told();
+        let line = if self.server {
+            format!("{:<5} {told}\n", record.level())
+        } else {
+            format!("vmcache: {}: {told}\n", record.level().as_str().to_lowercase())
+        };
+        // A closed stderr is no reason to stop.
+        let _ = io::stderr().lock().write_all(line.as_bytes());
+    }
+
+    fn flush(&self) {}
+}
+
+/// Libraries' own messages only at their worst: a client that goes away is an
+/// error to ttrpc and nothing to us.
+fn ours(metadata: &Metadata<'_>) -> bool {
+    metadata.target().starts_with("vmcache")
+}
+
+/// Starts logging as the command line and, for a server, its configuration say.
+pub fn start(cli: &Cli) -> Result<(), Failure> {
+    let server = matches!(cli.command, Command::Serve | Command::Factory(Factory::Init));
+    let mut logging = match &cli.command {
+        // A broken configuration is reported when it is read for real.
+        _ if server => {
+            Config::load(cli.common.config.as_deref()).map(|c| c.logging).unwrap_or_default()
+        }
+        Command::Proxy(p) if p.debug => to_auto(LevelFilter::Debug),
+        Command::Proxy(_) => to_auto(LevelFilter::Warn),
+        _ => Logging { to: LogTo::Stderr, ..to_auto(LevelFilter::Warn) },
+    };
+    if let Some(text) = &cli.common.log_level {
+        logging.level = level("--log-level", text)?;
+    }
+    match cli.common.log {
+        Some(Asked::Stderr) => logging.to = LogTo::Stderr,
+        // One that the configuration names is the system's log.
+        Some(Asked::Syslog) if !matches!(logging.to, LogTo::Unix(_) | LogTo::Udp(_)) => {
+            logging.to = LogTo::Unix(DEV_LOG.into());
+        }
+        Some(Asked::Syslog) | None => {}
+    }
+    if logging.to == LogTo::Auto {
+        logging.to = match io::stderr().is_terminal() {
+            true => LogTo::Stderr,
+            false => LogTo::Unix(DEV_LOG.into()),
+        };
+    }
+    log::set_max_level(logging.level);
+    let set = if logging.to == LogTo::Stderr {
+        log::set_boxed_logger(Box::new(Stderr { server }))
+    } else {
+        match Sink::open(logging.to, logging.form) {
+            Ok(sink) => log::set_boxed_logger(Box::new(sink)),
+            Err(why) => {
+                eprintln!("vmcache: {why}: logging to stderr");
+                log::set_boxed_logger(Box::new(Stderr { server }))
+            }
+        }
+    };
+    set.map_err(|e| Failure::new(FAILED, e.to_string()))
+}
+
+fn to_auto(level: LevelFilter) -> Logging {
+    Logging { to: LogTo::Auto, form: Form::Rfc3164, level }
+}
+
+fn level(option: &str, text: &str) -> Result<LevelFilter, Failure> {
+    text.parse().map_err(|_| {
+        Failure::new(USAGE, format!("{option} {text:?}: error, warn, info, debug or trace"))
+    })
+}

@@ -1,0 +1,52 @@
+//! VMs that the server before made from an older configuration: they are handed out
+//! while there are no others, and each goes when a new one stands in its place, or when
+//! a new one needs its memory.
+
+use super::super::pool::Ready;
+use super::{event, Driver};
+
+impl Driver {
+    /// Of the VMs in the pool, or on their way out of it, those of an older configuration.
+    pub(super) fn outdated(&self) -> usize {
+        self.outdated.len()
+    }
+
+    /// Claims take the first: new ones before older ones, those at rest before those
+    /// that are not.
+    pub(super) fn best_first(&mut self) {
+        let mut all: Vec<_> = self.pool.ready.try_iter().collect();
+        all.sort_by_key(|r| (self.outdated.contains(&r.vm.pid()), !r.at_rest));
+        all.into_iter().for_each(|ready| self.publish(ready));
+    }
+
+    /// There is no room for a new VM: an older one makes some. Whether one did.
+    pub(super) fn give_way(&mut self) -> bool {
+        if self.outdated.is_empty() {
+            return false;
+        }
+        let all: Vec<_> = self.pool.ready.try_iter().collect();
+        let mut gone = false;
+        for ready in all {
+            match !gone && self.outdated.contains(&ready.vm.pid()) {
+                true => {
+                    gone = true;
+                    self.retire(*ready);
+                }
+                false => self.publish(ready),
+            }
+        }
+        gone
+    }
+
+    /// Ends a VM that stands ready.
+    pub(super) fn retire(&mut self, ready: Ready) {
+        let (id, pid) = (ready.vm.id(), ready.vm.pid());
+        let why = match self.outdated.contains(&pid) {
+            true => "it is of an older configuration, and gives way to a new one",
+            false => "the pool has more than it shall keep",
+        };
+        event!(RETIRED, vm = id, qemu = pid; "VM {id} (QEMU pid {pid}): {why}");
+        self.forget(pid);
+        ready.vm.destroy();
+    }
+}
