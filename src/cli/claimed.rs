@@ -169,11 +169,13 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
                 let id = ledger.id.clone();
                 match from_directory(&path, ledger).map(end) {
                     Ok(Ok(())) => {}
-                    Ok(Err(e)) => {
-                        let text = format!("VM {id} is gone, but {}", chain(&*e));
+                    Ok(Err((gone, text))) => {
                         let e = Failure::new(FAILED, text);
                         e.report();
                         failed = Some(e);
+                        if !gone {
+                            continue;
+                        }
                     }
                     // Dead already: what is left of it is its directory.
                     Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
@@ -192,13 +194,19 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
     }
 }
 
-/// Ends a VM; what its guest wrote to disks is there before it goes.
-fn end(mut vm: Vm) -> Result<(), Box<dyn std::error::Error>> {
+/// Ends a VM; what its guest wrote to disks is there before it goes. Else whether it has
+/// gone nevertheless, and what is wrong.
+fn end(mut vm: Vm) -> Result<(), (bool, String)> {
+    let id = vm.id().to_string();
     if vm.is_servers() {
         // The server's to end, and this user's to ask for it.
-        let (id, endpoint) = (vm.id().to_string(), vm.ledger().endpoint.clone());
+        let endpoint = vm.ledger().endpoint.clone();
         vm.let_go();
-        return Ok(GrpcCache::connect(Path::new(&endpoint))?.release(&id)?);
+        let asked = GrpcCache::connect(Path::new(&endpoint)).and_then(|s| s.release(&id));
+        return asked.map_err(|e| {
+            let text = "only its server can end it: ask again when that runs";
+            (false, format!("VM {id} goes on: {}; {text}", chain(&e)))
+        });
     }
     if !holds_disks(&vm) {
         vm.destroy();
@@ -206,8 +214,9 @@ fn end(mut vm: Vm) -> Result<(), Box<dyn std::error::Error>> {
     }
     // It may have been paused.
     let awake = vm.resume().and_then(|()| vm.wake());
-    let agent = awake.map_err(|e| workload::Error::Unwritten { text: chain(&e) })?;
-    Ok(Guest::new(vm, agent).stop(WRITING_OUT)?)
+    let agent = awake.map_err(|e| workload::Error::Unwritten { text: chain(&e) });
+    let ended = agent.and_then(|agent| Guest::new(vm, agent).stop(WRITING_OUT));
+    ended.map_err(|e| (true, format!("VM {id} is gone, but {}", chain(&e))))
 }
 
 /// `vmcache list`.

@@ -116,7 +116,11 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
             false => ready.vm.hand_to(uid, claimer.memory_mib),
         };
         if let Err(e) = handed {
-            let text = format!("hand VM {} to uid {uid}: {e}", ready.vm.id());
+            let text = format!(
+                "hand VM {} to uid {uid}: {e}; another claim gets another VM, and the server's log \
+                 tells whether that fails, too",
+                ready.vm.id()
+            );
             event!(CLAIM_REFUSED, vm = ready.vm.id(); "{text}");
             self.refuse(RpcStatusCode::INTERNAL, &text).await;
             return pool.tell(Event::Undelivered { vm: Box::new(ready.vm), why: text });

@@ -1,4 +1,5 @@
-//! A VM's directory: Kata's place and names, mode 0700.
+//! A VM's directory: Kata's place and names, mode 0700; 1770 where QEMU has a user of its
+//! own, which is in its group.
 //!
 //! Invariants: whoever holds a [`VmDir`] owns the directory; dropping it removes
 //! it unless it was let go; what could not be removed is remembered, and a server
