@@ -26,9 +26,10 @@ pub fn watchdog() -> Option<Duration> {
     Some(Duration::from_micros(limit) / 2)
 }
 
-/// Sends a state such as `READY=1`; nothing where nobody asked.
-pub fn state(text: &str) {
-    send(text, None);
+/// Sends a state such as `READY=1`; nothing where nobody asked. Whether it was taken: one
+/// who does not listen is not waited for.
+pub fn state(text: &str) -> bool {
+    send(text, None)
 }
 
 /// Has systemd keep the socket, for the next server.
@@ -41,8 +42,8 @@ pub fn forget() {
     state(&format!("FDSTOREREMOVE=1\nFDNAME={STORED}"));
 }
 
-fn send(text: &str, with: Option<&UnixListener>) {
-    let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|p| !p.is_empty()) else { return };
+fn send(text: &str, with: Option<&UnixListener>) -> bool {
+    let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|p| !p.is_empty()) else { return true };
     let address = match path.as_bytes().strip_prefix(b"@") {
         Some(name) => UnixAddr::new_abstract(name),
         None => UnixAddr::new(path.as_os_str()),
@@ -53,16 +54,23 @@ fn send(text: &str, with: Option<&UnixListener>) {
     let sent = address.map_err(io::Error::from).and_then(|to| {
         let from = UnixDatagram::unbound()?;
         let parts = [IoSlice::new(text.as_bytes())];
-        Ok(sendmsg(from.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, Some(&to))?)
+        Ok(sendmsg(
+            from.as_raw_fd(),
+            &parts,
+            control,
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            Some(&to),
+        )?)
     });
-    if let Err(e) = sent {
+    if let Err(e) = &sent {
         log::warn!("notify systemd at {}: {e}", path.to_string_lossy());
     }
+    sent.is_ok()
 }
 
 /// A restart: READY follows.
-pub fn reloading() {
+pub fn reloading() -> bool {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     let now = clock.map_or(0, |t| t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000);
-    state(&format!("RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=restarting"));
+    state(&format!("RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=restarting"))
 }

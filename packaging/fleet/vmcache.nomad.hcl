@@ -1,6 +1,7 @@
 # A pool on each node, under Nomad's raw_exec: QEMUs outlive the task only where raw_exec does
 # not end its cgroup's processes (no_cgroups), or with `cgroup` in the configuration. The
-# package is installed on the nodes. Not run under a real Nomad.
+# package is installed on the nodes. Before the job is stopped for good: `vmcache drain` on
+# each node. Not run under a real Nomad.
 job "vmcache" {
   type        = "system"
   datacenters = ["*"]

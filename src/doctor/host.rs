@@ -240,18 +240,21 @@ pub fn limits(config: &Config) -> Vec<Finding> {
     };
     vec![
         within("open files", Resource::RLIMIT_NOFILE, files, "LimitNOFILE= of the unit, ulimit -n"),
-        within(
-            "locked memory",
-            Resource::RLIMIT_MEMLOCK,
-            match config.flag(QEMU, "enable_mem_prealloc") {
-                true => u64::from(config.memory()) << 20,
-                false => 0,
-            },
-            "LimitMEMLOCK=, ulimit -l: devices of the host that clients add want it",
-        ),
+        locked(config),
         tasks_of_host(tasks),
         within("processes", Resource::RLIMIT_NPROC, tasks, "LimitNPROC=, TasksMax=, ulimit -u"),
     ]
+}
+
+/// Devices of the host that clients add (VFIO) lock a guest's memory.
+fn locked(config: &Config) -> Finding {
+    let most = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(u64::MAX, |(_, hard)| hard) >> 20;
+    let memory = u64::from(config.memory());
+    let text = format!("{most} MiB allowed; a device of the host wants a guest's {memory} MiB");
+    match most < memory {
+        true => finding("locked memory", State::Note, text, "with such devices: LimitMEMLOCK="),
+        false => good("locked memory", "enough for a guest with devices of the host"),
+    }
 }
 
 /// What the kernel and this process's cgroup allow of processes and threads.

@@ -6,10 +6,12 @@
 use std::cmp::Ordering;
 use std::error;
 use std::fmt;
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{symlink, DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
 
 use super::{pack, Packed, Recipe};
 
@@ -149,12 +151,16 @@ pub fn build(
         (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => (parent, name),
         _ => return Err(failed(io::Error::other("it must be an absolute path below another"))),
     };
-    let prefix = format!("{}.", name.to_string_lossy());
-    let dir = parent.join(format!("{prefix}{}", std::process::id()));
     DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(failed)?;
-    let _ = fs::remove_dir_all(&dir);
+    // One at a time; whoever comes second has the last word.
+    let lock = File::open(parent).map_err(failed)?;
+    let lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| failed(e.into()))?;
+    let dir = parent.join(format!("{}.{}", name.to_string_lossy(), std::process::id()));
+    let before = fs::read_link(place).ok().map(|old| parent.join(old));
     let made = || -> Result<Packed, Error> {
-        DirBuilder::new().mode(0o755).create(&dir).map_err(failed)?;
+        DirBuilder::new().create(&dir).map_err(failed)?;
+        // Whatever the umask.
+        fs::set_permissions(&dir, Permissions::from_mode(0o755)).map_err(failed)?;
         let image = dir.join(KERNEL);
         fs::copy(&kernel.image, &image).map_err(failed)?;
         let output = dir.join(INITRAMFS);
@@ -174,14 +180,24 @@ pub fn build(
         Ok(packed)
     };
     let packed = made().inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
-    // What older ones have left: QEMUs that run have their files open.
-    for entry in fs::read_dir(parent).map_err(failed)?.flatten() {
-        let old = entry.file_name().to_string_lossy().starts_with(&prefix);
-        if old && entry.path() != dir {
-            let _ = fs::remove_dir_all(entry.path());
-        }
+    // The one before: QEMUs that run have its files open.
+    if let Some(before) = before.filter(|old| is_ours(old, parent, name)) {
+        let _ = fs::remove_dir_all(before);
     }
+    drop(lock);
     Ok(packed)
+}
+
+/// Whether a directory is one that was made here: of its name, beside it, with nothing
+/// else in it.
+fn is_ours(dir: &Path, parent: &Path, name: &std::ffi::OsStr) -> bool {
+    let number = dir
+        .file_name()
+        .and_then(|n| n.to_str()?.strip_prefix(&format!("{}.", name.to_str()?)))
+        .is_some_and(|n| n.parse::<u32>().is_ok());
+    let known = |n: &std::ffi::OsString| n == KERNEL || n == INITRAMFS;
+    let files = fs::read_dir(dir).map(|all| all.flatten().all(|f| known(&f.file_name())));
+    number && dir.parent() == Some(parent) && files.unwrap_or(false)
 }
 
 /// The link's new target, at once.
@@ -218,6 +234,24 @@ mod tests {
         // Fedora's place.
         fs::write(root.join("lib/modules/7-cloud/vmlinuz"), "").unwrap();
         assert_eq!(kernel(&root).unwrap().image, root.join("lib/modules/7-cloud/vmlinuz"));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn only_what_was_made_here_is_removed() {
+        let root = std::env::temp_dir().join(format!("vmcache-guests-{}", std::process::id()));
+        let name = std::ffi::OsStr::new("guest");
+        for (dir, file, ours) in [
+            ("guest.12", KERNEL, true),
+            ("guest.bak", KERNEL, false),
+            ("guest.13", "precious", false),
+            ("other.12", KERNEL, false),
+        ] {
+            fs::create_dir_all(root.join(dir)).unwrap();
+            fs::write(root.join(dir).join(file), "").unwrap();
+            assert_eq!(is_ours(&root.join(dir), &root, name), ours, "{dir}");
+        }
+        assert!(!is_ours(&root.join("guest.12"), Path::new("/elsewhere"), name));
         fs::remove_dir_all(root).unwrap();
     }
 }

@@ -153,11 +153,12 @@ impl Own {
 
     /// A measure: of somebody who may claim, about a VM that was claimed.
     fn used(&self, ctx: &RpcContext<'_>, r: &UsedRequest, sink: UnarySink<Empty>) {
-        if let Err(why) = claimer(ctx, &self.peers) {
-            return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, &why);
-        }
+        let by = match claimer(ctx, &self.peers) {
+            Ok(peer) => peer.pid,
+            Err(why) => return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, &why),
+        };
         let took = Duration::from_micros(r.micros).min(LONGEST_USE);
-        if !self.pool.board.facts().used(&r.id, took) {
+        if !self.pool.board.facts().used(&r.id, by, took) {
             let refusal = status(&Refusal::NoSuchVm);
             return ctx.spawn(async move { drop(sink.fail(refusal).await) });
         }

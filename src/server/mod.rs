@@ -150,6 +150,11 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let config = Arc::new(config);
     let (pool, ends) = Pool::new();
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
+    let changed = inherited.as_ref().and_then(|i| i.target);
+    if let Some(target) = changed {
+        // Before VMs are taken over: for as many there is room.
+        driver.set_target(target, "the server before");
+    }
     let kept = sweep::sweep(&config);
     let kept = kept.map_err(|source| Error::Store { path: store, source })?;
     kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
@@ -170,13 +175,9 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     }
     let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
     let units = inherited.as_ref().is_some_and(|i| i.units);
-    let changed = inherited.as_ref().and_then(|i| i.target);
     let accepting = socket(&lock, inherited, &config)
         .and_then(|socket| listener::accept(socket, server, peers, admission))
         .map_err(Error::Listen)?;
-    if let Some(target) = changed {
-        pool.tell(Event::Target { target, by: "the server before".into() });
-    }
     let listening = signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;
     event!(
@@ -187,7 +188,8 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         config.memory(),
         endpoint.display()
     );
-    notify::state(&format!("READY=1\nSTATUS=filling a pool of {} VMs", config.pool));
+    // What it holds, the driver tells.
+    notify::state("READY=1");
 
     // The one wait of the main thread: the driver ends by signal, Quit, or a panic.
     stuck::watch(driver.done(), |stuck| pool.board.facts().stuck = stuck);
@@ -202,7 +204,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     match then {
         Then::Again => notify::reloading(),
         Then::End | Then::Next => notify::state("STOPPING=1"),
-    }
+    };
     event!(SERVER_STOPPING; "{why}");
     let mut socket = None;
     if let Some((mut server, listener)) = accepting.stop(JOIN) {

@@ -85,7 +85,7 @@ pub fn shape(config: &Config) -> String {
 }
 
 /// Options that make a VM of another size or kind, which clients and servers reckon with.
-const BUILD: [(&str, &str); 11] = [
+const BUILD: [(&str, &str); 12] = [
     (QEMU, "default_vcpus"),
     (QEMU, "default_memory"),
     (QEMU, "memory_slots"),
@@ -97,6 +97,7 @@ const BUILD: [(&str, &str); 11] = [
     (OURS, "agent"),
     (OURS, "transport"),
     (OURS, "accel"),
+    (OURS, "sandbox"),
 ];
 
 /// A VM's size and kind, and how it is confined, in hexadecimal: two that are alike in

@@ -4,7 +4,7 @@ import sys
 import yaml
 
 (play,) = yaml.safe_load(open(sys.argv[1]))
-words = {"name", "args", "notify", "changed_when"}
+words = {"name", "args", "notify", "changed_when", "register", "when"}
 handlers = {h["name"] for h in play["handlers"]}
 for task in play["tasks"] + play["handlers"]:
     modules = set(task) - words

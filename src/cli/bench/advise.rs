@@ -3,11 +3,14 @@
 //!
 //! A VM's place in the pool is empty from its claim until another VM is ready. With
 //! claims that come at random, at a mean rate λ, and refills that take T on average, at
-//! most `c` of them at a time, the places that are empty are the customers of a queue
-//! with `c` servers; a claim waits when all places are. With `c` as large as the pool
-//! that is Erlang's loss formula.
+//! most `c` of them at a time, the refills that are due are the customers of a queue with
+//! `c` servers: a claim that finds the pool empty waits, and has a VM made, too. So a
+//! claim waits when as many refills are due as the pool has places, or more.
 //!
-//! Source: Erlang B, and its queue with fewer servers than places (M/M/c/N).
+//! That is Erlang's second formula (C) where all of a pool's VMs can be made at once. His
+//! first (B) would be for claims that go away instead of waiting: it promises too much here.
+//!
+//! Source: M/M/c.
 
 use std::time::Duration;
 
@@ -37,27 +40,39 @@ struct Basis {
     memory: u64,
 }
 
-/// The part of claims that find no VM, of a pool of `places`.
+/// The part of claims that find no VM, of a pool of `places`; all of them when claims come
+/// faster than VMs are made.
 fn waits(b: &Basis, places: usize) -> f64 {
     let load = b.rate * b.refill.as_secs_f64();
-    // Terms of the distribution, each from the one before, the sum kept near one.
-    let (mut term, mut sum) = (1.0_f64, 1.0_f64);
-    for k in 1..=places {
-        term *= load / k.min(b.parallel) as f64;
-        sum += term;
+    // A pool has no more workers than VMs.
+    let servers = b.parallel.min(places);
+    let spare = 1.0 - load / servers as f64;
+    if spare <= 0.0 {
+        return 1.0;
+    }
+    // So many refills due, each from one fewer; the sums are kept within what numbers hold.
+    let (mut term, mut below, mut from) = (1.0_f64, 0.0_f64, 0.0_f64);
+    for due in 0..=places {
+        if due > 0 {
+            term *= load / due.min(servers) as f64;
+        }
+        match due < places {
+            true => below += term,
+            false => from += term,
+        }
+        let sum = below + from;
         if sum > 1e100 {
-            term /= sum;
-            sum = 1.0;
+            (term, below, from) = (term / sum, below / sum, from / sum);
         }
     }
-    term / sum
+    // All that come after the last are a geometric series.
+    from += term * (1.0 - spare) / spare;
+    from / (below + from)
 }
 
 /// The smallest pool that will do.
 fn smallest(b: &Basis) -> Option<usize> {
-    // Claims that come faster than VMs can be made empty a pool of any size.
-    let most = b.parallel as f64 / b.refill.as_secs_f64();
-    (b.rate < most).then(|| (1..=MAX_POOL as usize).find(|n| waits(b, *n) <= MAY_WAIT)).flatten()
+    (1..=MAX_POOL as usize).find(|n| waits(b, *n) <= MAY_WAIT)
 }
 
 /// Claims a second, from `0.5`, `30/min` or `1800/h`.
@@ -169,22 +184,21 @@ mod tests {
     }
 
     #[test]
-    fn with_refills_enough_it_is_erlangs_table() {
-        // B(5, 2) and B(10, 5), from his table.
-        assert!((waits(&basis(2.0, 1.0, 5), 5) - 0.0367).abs() < 1e-4);
-        assert!((waits(&basis(1.0, 5.0, 10), 10) - 0.0184).abs() < 1e-4);
-        // Load 2 with at most 1 % lost takes seven.
-        assert_eq!(smallest(&basis(2.0, 1.0, 100)), Some(7));
+    fn with_as_many_refills_as_places_it_is_erlangs_table() {
+        // C(2, 1) and C(5, 3), from his table.
+        assert!((waits(&basis(1.0, 1.0, 2), 2) - 1.0 / 3.0).abs() < 1e-9);
+        assert!((waits(&basis(3.0, 1.0, 5), 5) - 0.2362).abs() < 1e-4);
+        assert!((waits(&basis(2.0, 1.0, 200), 7) - 0.0048).abs() < 1e-4);
+        assert_eq!(smallest(&basis(2.0, 1.0, 200)), Some(7));
     }
 
     #[test]
     fn with_one_refill_at_a_time_it_is_the_queue_of_one_server() {
-        // M/M/1/N: (1 - r) r^N / (1 - r^(N+1)).
-        let (r, n) = (0.5_f64, 4);
-        let exact = (1.0 - r) * r.powi(n) / (1.0 - r.powi(n + 1));
-        assert!((waits(&basis(0.5, 1.0, 1), n as usize) - exact).abs() < 1e-12);
+        // M/M/1: so many or more with the load to that power.
+        assert!((waits(&basis(0.5, 1.0, 1), 4) - 0.5_f64.powi(4)).abs() < 1e-12);
+        assert_eq!(smallest(&basis(0.9, 1.0, 1)), Some(44));
         assert_eq!(smallest(&basis(2.0, 1.0, 2)), None);
-        assert!(waits(&basis(1000.0, 100.0, 1), 4000) <= 1.0);
+        assert!(waits(&basis(900.0, 1.0, 1000), 4000) <= 1.0);
     }
 
     #[test]

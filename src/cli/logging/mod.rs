@@ -62,8 +62,9 @@ pub fn start(cli: &Cli) -> Result<(), Failure> {
         Command::Proxy(_) => to_auto(LevelFilter::Warn),
         _ => Logging { to: LogTo::Stderr, ..to_auto(LevelFilter::Warn) },
     };
-    if let Some(text) = &cli.common.log_level {
-        logging.level = level("--log-level", text)?;
+    // An empty variable is one that is not set.
+    if let Some(text) = cli.common.log_level.as_ref().filter(|t| !t.is_empty()) {
+        logging.level = level("--log-level or $VMCACHE_LOG_LEVEL", text)?;
     }
     match cli.common.log {
         Some(Asked::Stderr) => logging.to = LogTo::Stderr,
@@ -73,23 +74,35 @@ pub fn start(cli: &Cli) -> Result<(), Failure> {
         }
         Some(Asked::Syslog) | None => {}
     }
-    if logging.to == LogTo::Auto {
+    let auto = logging.to == LogTo::Auto;
+    if auto {
         logging.to = match io::stderr().is_terminal() {
             true => LogTo::Stderr,
             false => LogTo::Unix(DEV_LOG.into()),
         };
     }
     log::set_max_level(logging.level);
-    let set = if logging.to == LogTo::Stderr {
-        log::set_boxed_logger(Box::new(Stderr { server }))
-    } else {
-        match Sink::open(logging.to, logging.form) {
-            Ok(sink) => log::set_boxed_logger(Box::new(sink)),
-            Err(why) => {
+    let opened = match logging.to {
+        LogTo::Stderr => None,
+        to => match Sink::open(to, logging.form) {
+            // As in a container.
+            (_, Some(why)) if auto => {
                 eprintln!("vmcache: {why}: logging to stderr");
-                log::set_boxed_logger(Box::new(Stderr { server }))
+                None
             }
-        }
+            (sink, why) => {
+                if let Some(why) = why {
+                    eprintln!(
+                        "vmcache: {why}: it is tried again, and messages are lost until then"
+                    );
+                }
+                Some(sink)
+            }
+        },
+    };
+    let set = match opened {
+        Some(sink) => log::set_boxed_logger(Box::new(sink)),
+        None => log::set_boxed_logger(Box::new(Stderr { server })),
     };
     set.map_err(|e| Failure::new(FAILED, e.to_string()))
 }

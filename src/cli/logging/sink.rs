@@ -5,20 +5,25 @@
 //! [`PATIENCE`] in [`PAUSE`], is tried again, and is told how many it missed.
 
 use std::io::ErrorKind;
-use std::net::{ToSocketAddrs, UdpSocket};
+use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::unix::net::UnixDatagram;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::after;
 use log::{Level, Log, Metadata, Record};
+use nix::sys::signal::SigSet;
 use syslog::{Logger, LoggerBackend};
 
 use super::lines::{Line, Writer};
 use crate::config::logging::{Form, LogTo};
 use crate::events::LOG_LOST;
+use crate::worker::Worker;
 
 /// How long a full log is waited for.
 const PATIENCE: Duration = Duration::from_millis(50);
+/// How often a name is looked up that is not known yet.
+const AGAIN: Duration = Duration::from_secs(5);
 /// How long one that failed is left alone.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -27,6 +32,8 @@ pub struct Sink {
     to: LogTo,
     form: Form,
     host: String,
+    /// A server's address, once its name is known.
+    address: Arc<OnceLock<SocketAddr>>,
     state: Mutex<State>,
 }
 
@@ -38,19 +45,23 @@ struct State {
 }
 
 impl Sink {
-    /// Opens it once, so that it is known whether it is there.
-    ///
-    /// # Errors
-    /// A sentence, when it is not.
-    pub fn open(to: LogTo, form: Form) -> Result<Sink, String> {
+    /// Opens it, and tells why that can not be done yet, if it can not.
+    pub fn open(to: LogTo, form: Form) -> (Sink, Option<String>) {
         let host = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok());
         // RFC 5424, 6.2.4: printable, no space.
         let host = host.filter(|h| !h.is_empty() && h.bytes().all(|b| b.is_ascii_graphic()));
         let host = host.unwrap_or_else(|| "-".into());
-        let sink = Sink { to, form, host, state: Mutex::default() };
-        let logger = sink.connect()?;
-        sink.state().logger = Some(logger);
-        Ok(sink)
+        let address = Arc::default();
+        let unknown = match &to {
+            LogTo::Udp(name) => find(name, &address).err(),
+            _ => None,
+        };
+        let sink = Sink { to, form, host, address, state: Mutex::default() };
+        let why = match unknown {
+            Some(why) => Some(why),
+            None => sink.connect().map(|logger| sink.state().logger = Some(logger)).err(),
+        };
+        (sink, why)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -69,16 +80,16 @@ impl Sink {
                 };
                 open().map_err(failed(format!("log to {}", path.display())))?
             }
-            LogTo::Udp(address) => {
+            LogTo::Udp(name) => {
+                // Never looked up here: whoever logs would wait for it.
+                let to = *self.address.get().ok_or("its address is not known yet")?;
                 let open = || {
-                    let mut all = address.to_socket_addrs()?;
-                    let to = all.next().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
                     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
                     let socket = UdpSocket::bind(any)?;
                     socket.set_nonblocking(true)?;
                     Ok(LoggerBackend::Udp(socket, to))
                 };
-                open().map_err(failed(format!("log to {address} by UDP")))?
+                open().map_err(failed(format!("log to {name} by UDP")))?
             }
             LogTo::Auto | LogTo::Stderr => return Err("log to syslog: not asked for".into()),
         };
@@ -105,12 +116,43 @@ impl Sink {
                     return true;
                 }
                 // It is there, and full.
-                Err(syslog::Error::Write(e)) if e.kind() == ErrorKind::WouldBlock => return false,
+                Err(syslog::Error::Write(e)) if e.kind() == ErrorKind::WouldBlock => {
+                    state.logger = Some(logger);
+                    return false;
+                }
                 Err(_) => {}
             }
         }
         false
     }
+}
+
+/// Looks a server's name up; a thread goes on with it until it is known.
+///
+/// # Errors
+/// A sentence, when it is not known yet.
+fn find(name: &str, address: &Arc<OnceLock<SocketAddr>>) -> Result<(), String> {
+    let look = |name: &str| name.to_socket_addrs().map(|mut all| all.next());
+    let why = match look(name) {
+        Ok(Some(found)) => {
+            let _ = address.set(found);
+            return Ok(());
+        }
+        Ok(None) => format!("log to {name} by UDP: the name has no address"),
+        Err(e) => format!("log to {name} by UDP: {e}"),
+    };
+    let (name, address) = (name.to_string(), Arc::clone(address));
+    let thread = Worker::spawn("vmc-log", move || {
+        // Signals are another thread's.
+        let _ = SigSet::all().thread_block();
+        while address.get().is_none() {
+            let _ = after(AGAIN).recv();
+            if let Ok(Some(found)) = look(&name) {
+                let _ = address.set(found);
+            }
+        }
+    });
+    Err(thread.err().map_or(why, |e| e.to_string()))
 }
 
 impl Log for Sink {
@@ -163,7 +205,7 @@ mod tests {
     fn a_log_that_was_started_anew_goes_on() {
         let path = std::env::temp_dir().join(format!("vmcache-log-{}", std::process::id()));
         let log = UnixDatagram::bind(&path).unwrap();
-        let sink = Sink::open(LogTo::Unix(path.clone()), Form::Rfc5424).unwrap();
+        let sink = Sink::open(LogTo::Unix(path.clone()), Form::Rfc5424).0;
         say(&sink, "one");
         assert!(heard(&log).ends_with(" - - one"));
         drop(log);
@@ -181,10 +223,21 @@ mod tests {
     }
 
     #[test]
+    fn a_server_whose_name_is_not_known_loses_messages_and_holds_nobody_up() {
+        let to = LogTo::Udp("name.invalid:514".into());
+        let (sink, why) = Sink::open(to, Form::Rfc5424);
+        assert!(why.unwrap().contains("name.invalid"));
+        let before = Instant::now();
+        (0..100).for_each(|_| say(&sink, "x"));
+        assert!(before.elapsed() < Duration::from_secs(1));
+        assert_eq!(sink.state().lost, 100);
+    }
+
+    #[test]
     fn a_log_that_takes_nothing_holds_nobody_up() {
         let path = std::env::temp_dir().join(format!("vmcache-full-{}", std::process::id()));
         let log = UnixDatagram::bind(&path).unwrap();
-        let sink = Sink::open(LogTo::Unix(path.clone()), Form::Rfc3164).unwrap();
+        let sink = Sink::open(LogTo::Unix(path.clone()), Form::Rfc3164).0;
         for _ in 0..10_000 {
             say(&sink, "x");
         }

@@ -34,6 +34,10 @@ pub struct Seen {
     pub outdated: bool,
     /// What its claimer calls it.
     pub label: String,
+    /// Who claimed it, by pid; 0 for nobody.
+    pub owner: i32,
+    /// Whether that one has told how long it took.
+    pub used: bool,
 }
 
 impl Seen {
@@ -50,6 +54,8 @@ impl Seen {
             adopted: false,
             outdated: false,
             label: vm.ledger().label.clone(),
+            owner: vm.ledger().owner.map_or(0, |o| o.pid),
+            used: false,
         }
     }
 }
@@ -113,13 +119,16 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// A client could use the VM that it claimed after so long; whether there is such a VM.
-    pub fn used(&mut self, id: &str, took: Duration) -> bool {
-        let known = self.vms.values().any(|vm| vm.state == State::Handed && vm.id == id);
-        if known {
+    /// The process `by` could use the VM that it claimed after so long; whether there is such
+    /// a VM.
+    pub fn used(&mut self, id: &str, by: i32, took: Duration) -> bool {
+        let mut handed = self.vms.values_mut().filter(|vm| vm.state == State::Handed);
+        let Some(vm) = handed.find(|vm| vm.id == id && vm.owner == by) else { return false };
+        // Once: it is the first command that counts.
+        if !std::mem::replace(&mut vm.used, true) {
             self.exec_ready.add(took);
         }
-        known
+        true
     }
 }
 

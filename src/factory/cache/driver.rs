@@ -142,7 +142,7 @@ impl Driver {
         {
             let mut facts = pool.board.facts();
             facts.target = config.pool;
-            facts.parallel = workers.len();
+            facts.parallel = config.boot_parallel;
             let now = SystemTime::now().duration_since(UNIX_EPOCH);
             facts.started = now.map_or(0, |d| d.as_nanos() as u64);
         }

@@ -123,6 +123,7 @@ impl Driver {
         if let Some(seen) = self.pool.board.facts().vms.get_mut(&pid) {
             seen.state = State::Handed;
             seen.label = label;
+            seen.owner = owner.map_or(0, |o| o.pid);
         }
         let Some(owner) = owner else { return };
         if owner.unconfirmed {

@@ -19,9 +19,10 @@ impl Driver {
         all.into_iter().for_each(|ready| self.publish(ready));
     }
 
-    /// There is no room for a new VM: an older one makes some. Whether one did.
+    /// There is no room for a new VM: an older one makes some, one at a time, and not while
+    /// new ones fail. Whether one did.
     pub(super) fn give_way(&mut self) -> bool {
-        if self.outdated.is_empty() {
+        if self.outdated.is_empty() || !self.booting.is_empty() || self.policy.failures() > 0 {
             return false;
         }
         let all: Vec<_> = self.pool.ready.try_iter().collect();

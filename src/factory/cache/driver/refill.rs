@@ -20,16 +20,16 @@ impl Driver {
         let wanted = self.policy.to_start(self.view(), now);
         if wanted == 0 {
             // Nothing is missing any more, or it is not the time: no word of memory.
-            if self.held.take().is_some() {
-                self.pool.board.facts().held = None;
-            }
+            self.held = None;
+            self.pool.board.facts().held = None;
             return;
         }
         if self.held.is_some_and(|until| now < until) {
             return;
         }
         for _ in 0..wanted {
-            let room = self.room.look(self.booting.len()) || self.give_way();
+            let room = self.room.look(self.booting.len())
+                || self.give_way() && self.room.look(self.booting.len());
             self.held = (!room).then(|| now + room::LOOK);
             self.pool.board.facts().held = self.room.short().map(str::to_string);
             if !room {
@@ -58,6 +58,8 @@ impl Driver {
             adopted: false,
             outdated: false,
             label: String::new(),
+            owner: 0,
+            used: false,
         };
         let before = booting.qemu.replace((pid, pidfd));
         let mut facts = self.pool.board.facts();

@@ -51,8 +51,10 @@ impl Driver {
         if due > now {
             return Some(beat.map_or(due, |beat| beat.min(due)));
         }
-        notify::state(&format!("STATUS={text}"));
-        (*told, *at) = (text, Some(now));
+        *at = Some(now);
+        if notify::state(&format!("STATUS={text}")) {
+            *told = text;
+        }
         beat
     }
 

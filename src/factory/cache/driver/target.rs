@@ -10,7 +10,7 @@ use crate::worker::Worker;
 
 impl Driver {
     /// Is this from now on.
-    pub(super) fn set_target(&mut self, target: Target, by: &str) {
+    pub fn set_target(&mut self, target: Target, by: &str) {
         let n = match target {
             Target::Keep(n) => {
                 event!(POOL_RESIZED; "{n} VMs will be kept ready, asked for by {by}");
@@ -25,11 +25,7 @@ impl Driver {
         self.pool.drain(drained);
         self.add_workers(n);
         self.policy.set_target(n, self.workers.len());
-        {
-            let mut facts = self.pool.board.facts();
-            facts.target = n;
-            facts.parallel = self.workers.len();
-        }
+        self.pool.board.facts().target = n;
         if drained {
             while let Some(place) = self.line.pop() {
                 self.pool.left_line(&place);
