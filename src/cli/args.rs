@@ -152,7 +152,7 @@ pub struct Status {
     /// Print OpenMetrics
     #[arg(long, conflicts_with_all = ["json", "watch"])]
     pub openmetrics: bool,
-    /// Put that into a file, such as /var/lib/node_exporter/vmcache.prom, whole
+    /// Put that into a file, whole, in the form of node_exporter's textfile collector
     #[arg(long, value_name = "FILE", requires = "openmetrics")]
     pub output: Option<PathBuf>,
     /// Do that again every so many seconds, until this is ended

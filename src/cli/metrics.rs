@@ -37,17 +37,27 @@ pub const FAMILIES: &[(&str, &str, &str)] = &[
     ("vmcache_clone_seconds", "histogram", "Until a VM is ready that was cloned."),
 ];
 
+/// For whom the text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// OpenMetrics, 1.0.
+    Open,
+    /// Prometheus' own form before that, which node_exporter reads from files: there a
+    /// counter's family has its samples' name, and nothing ends the text.
+    Textfile,
+}
+
 /// The text of a server that does not answer.
-pub fn down() -> String {
-    let mut out = Text::default();
+pub fn down(form: Form) -> String {
+    let mut out = Text::of(form);
     out.family("vmcache_up");
     out.sample("vmcache_up", &[], 0.0);
-    out.0 + "# EOF\n"
+    out.end()
 }
 
 /// The text, with its end.
-pub fn openmetrics(status: &Value) -> String {
-    let mut out = Text::default();
+pub fn openmetrics(status: &Value, form: Form) -> String {
+    let mut out = Text::of(form);
     out.family("vmcache_up");
     out.sample("vmcache_up", &[], 1.0);
     let pool = &status["pool"];
@@ -79,8 +89,7 @@ pub fn openmetrics(status: &Value) -> String {
         out.sample("vmcache_failures_total", &[("reason", reason)], number(n));
     }
     histograms(&mut out, &status["latency"]);
-    out.0.push_str("# EOF\n");
-    out.0
+    out.end()
 }
 
 fn counters(out: &mut Text, counters: &Value, claims: &Value) {
@@ -131,13 +140,29 @@ fn number(v: &Value) -> f64 {
     v.as_f64().unwrap_or(0.0)
 }
 
-#[derive(Default)]
-struct Text(String);
+struct Text {
+    form: Form,
+    text: String,
+}
 
 impl Text {
+    fn of(form: Form) -> Text {
+        Text { form, text: String::new() }
+    }
+
+    fn end(mut self) -> String {
+        if self.form == Form::Open {
+            self.text.push_str("# EOF\n");
+        }
+        self.text
+    }
+
     fn family(&mut self, name: &str) {
         if let Some((_, kind, help)) = FAMILIES.iter().find(|(n, ..)| *n == name) {
-            self.0.push_str(&format!("# TYPE {name} {kind}\n# HELP {name} {help}\n"));
+            let total =
+                if self.form == Form::Textfile && *kind == "counter" { "_total" } else { "" };
+            let lines = format!("# TYPE {name}{total} {kind}\n# HELP {name}{total} {help}\n");
+            self.text.push_str(&lines);
         }
     }
 
@@ -149,7 +174,7 @@ impl Text {
             true => String::new(),
             false => format!("{{{}}}", labels.join(",")),
         };
-        self.0.push_str(&format!("{name}{labels} {value}\n"));
+        self.text.push_str(&format!("{name}{labels} {value}\n"));
     }
 }
 

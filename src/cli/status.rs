@@ -47,10 +47,14 @@ pub fn status(common: &Common, s: &Status) -> Outcome {
 
 /// Prints or writes the measures, once or again and again.
 fn openmetrics(common: &Common, s: &Status) -> Outcome {
+    let form = s.output.as_ref().map_or(metrics::Form::Open, |_| metrics::Form::Textfile);
     loop {
         // Connected anew each time: servers are restarted.
         let told = connect(common).and_then(|server| Ok(server.fetch_details()?));
-        let text = told.as_ref().map_or_else(|_| metrics::down(), metrics::openmetrics);
+        let text = match &told {
+            Ok(status) => metrics::openmetrics(status, form),
+            Err(_) => metrics::down(form),
+        };
         match &s.output {
             None => print!("{text}"),
             Some(file) => metrics::write(file, &text)

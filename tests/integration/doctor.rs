@@ -80,6 +80,10 @@ fn what_a_server_counts_is_open_metrics() {
             .count(),
         1
     );
+    // What node_exporter reads is the form before OpenMetrics (tests/fleet has its parser).
+    assert!(said.contains("# TYPE vmcache_claims_total counter\n"), "{said}");
+    assert!(!said.contains("# EOF"), "{said}");
+    let said = daemon.ok(&["status", "--openmetrics"]);
     let parsed = openmetrics_parser::openmetrics::parse_openmetrics(&said);
     let parsed = parsed.unwrap_or_else(|e| panic!("{e}: {said}"));
     for family in ["vmcache_claim_seconds", "vmcache_claims", "vmcache_pool_vms", "vmcache_boots"] {
