@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use attach::Attach;
-pub use setup::{ConfigCommand, Generate, Guest, GuestBuild, Mkinitrd};
+pub use setup::{ConfigCommand, Contents, Generate, Guest, GuestBuild, Mkinitrd};
 
 use crate::factory::Wanted;
 

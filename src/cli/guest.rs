@@ -21,16 +21,13 @@ pub fn build(common: &Common, g: &GuestBuild) -> Outcome {
         (Some(image), Some(modules)) => Kernel { image: image.clone(), modules: modules.clone() },
         _ => installed::kernel(Path::new("/")).map_err(failed)?,
     };
-    let userland = match &g.userland {
+    let userland = match &g.contents.userland {
         Some(userland) => userland.clone(),
         None => installed::busybox().map_err(failed)?,
     };
-    let agent = match &g.agent {
-        Some(agent) => agent.clone(),
-        None => find_agent()?,
-    };
+    let agent = find_agent(&g.contents)?;
     let progress = Progress::start("making a guest");
-    let packed = installed::build(&kernel, &agent, &userland, &g.module, &g.output);
+    let packed = installed::build(&kernel, &agent, &userland, &g.contents.module, &g.output);
     drop(progress);
     let packed = packed.map_err(failed)?;
     let (image, initramfs) = (g.output.join(KERNEL), g.output.join(INITRAMFS));

@@ -3,7 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
-use super::args::Mkinitrd;
+use super::args::{Contents, Mkinitrd};
 use super::output::{Failure, PREFLIGHT};
 use super::Outcome;
 use crate::initrd::{pack, Recipe};
@@ -13,15 +13,12 @@ const INSTALLED: &str = "/usr/libexec/vmcache/vmcache-agent";
 
 /// Packs and tells what was packed.
 pub fn mkinitrd(m: &Mkinitrd) -> Outcome {
-    let agent = match &m.agent {
-        Some(agent) => agent.clone(),
-        None => find_agent()?,
-    };
+    let agent = find_agent(&m.contents)?;
     let recipe = Recipe {
         agent,
         kernel_modules: m.kernel_modules.clone(),
-        userland: m.userland.clone(),
-        extra_modules: m.module.clone(),
+        userland: m.contents.userland.clone(),
+        extra_modules: m.contents.module.clone(),
         output: m.output.clone(),
     };
     let packed = pack(&recipe)?;
@@ -43,8 +40,11 @@ pub fn mkinitrd(m: &Mkinitrd) -> Outcome {
     Ok(0)
 }
 
-/// The agent beside this program, or where a package puts it.
-pub fn find_agent() -> Result<PathBuf, Failure> {
+/// The agent that was named, or is beside this program, or where a package puts it.
+pub fn find_agent(contents: &Contents) -> Result<PathBuf, Failure> {
+    if let Some(agent) = &contents.agent {
+        return Ok(agent.clone());
+    }
     let beside = env::current_exe().ok().map(|e| e.with_file_name("vmcache-agent"));
     let places: Vec<PathBuf> = beside.into_iter().chain([INSTALLED.into()]).collect();
     let list: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();

@@ -7,12 +7,11 @@ use clap::{Args, Subcommand};
 use super::Json;
 use crate::initrd::installed::GUEST;
 
+/// What goes into an initramfs beside a kernel's own modules.
 #[derive(Args, Debug)]
-pub struct Mkinitrd {
-    /// A kernel's module directory, such as /lib/modules/6.1.0-amd64
-    #[arg(long, value_name = "DIR")]
-    pub kernel_modules: PathBuf,
-    /// A static busybox, for a guest with a shell
+pub struct Contents {
+    /// A static busybox, for a guest with a shell [default: for `guest build` the one that
+    /// is installed, else none]
     #[arg(long, value_name = "BUSYBOX")]
     pub userland: Option<PathBuf>,
     /// Further modules to pack and load
@@ -22,6 +21,15 @@ pub struct Mkinitrd {
     /// /usr/libexec/vmcache]
     #[arg(long, value_name = "FILE")]
     pub agent: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct Mkinitrd {
+    /// A kernel's module directory, such as /lib/modules/6.1.0-amd64
+    #[arg(long, value_name = "DIR")]
+    pub kernel_modules: PathBuf,
+    #[command(flatten)]
+    pub contents: Contents,
     /// The file to write
     #[arg(long, short, value_name = "FILE")]
     pub output: PathBuf,
@@ -43,15 +51,8 @@ pub struct GuestBuild {
     /// Its module directory
     #[arg(long, value_name = "DIR", requires = "kernel")]
     pub kernel_modules: Option<PathBuf>,
-    /// A static busybox [default: the one that is installed]
-    #[arg(long, value_name = "BUSYBOX")]
-    pub userland: Option<PathBuf>,
-    /// Further modules to pack and load
-    #[arg(long, value_name = "NAME")]
-    pub module: Vec<String>,
-    /// The guest agent [default: as for mkinitrd]
-    #[arg(long, value_name = "FILE")]
-    pub agent: Option<PathBuf>,
+    #[command(flatten)]
+    pub contents: Contents,
     /// Where the guest is to be, as vmlinuz and initramfs.img
     #[arg(long, short, value_name = "DIR", default_value = GUEST)]
     pub output: PathBuf,
