@@ -1,8 +1,11 @@
 //! `vmcache template`.
 
+use std::fs::{self, File};
+use std::io;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::sched::{setns, unshare, CloneFlags};
 use serde_json::json;
 
 use super::args::{Common, Template as Command};
@@ -33,6 +36,9 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
         }
         Command::Place => {
             if config.pool > 0 && config.flag(FACTORY, "enable_template") {
+                join_hosts_mounts().map_err(|e| {
+                    Failure::new(FAILED, format!("join the mount namespace of pid 1: {e}"))
+                })?;
                 template.place().map_err(|e| Failure::of(FAILED, &e))?;
             }
             Ok(0)
@@ -52,6 +58,18 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
             Ok(0)
         }
     }
+}
+
+/// What is mounted from here on is mounted for the host: a unit's commands have a mount
+/// namespace of their own, even those with full privileges.
+fn join_hosts_mounts() -> io::Result<()> {
+    let same = |a: &str, b: &str| Ok::<_, io::Error>(fs::read_link(a)? == fs::read_link(b)?);
+    if same("/proc/self/ns/mnt", "/proc/1/ns/mnt")? {
+        return Ok(());
+    }
+    let hosts = File::open("/proc/1/ns/mnt")?;
+    unshare(CloneFlags::CLONE_FS)?;
+    Ok(setns(hosts, CloneFlags::CLONE_NEWNS)?)
 }
 
 fn look(template: &Template) -> Result<Status, Failure> {
