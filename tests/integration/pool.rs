@@ -151,13 +151,21 @@ fn the_pc_machine_works_too_and_systemd_is_told() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let hear = || {
+    let any = || {
         let mut bytes = [0; 256];
         let n = notify.recv(&mut bytes).unwrap();
         text(&bytes[..n])
     };
+    // What the pool holds is told in between.
+    let hear = || loop {
+        let said = any();
+        if !said.starts_with("STATUS=") {
+            return said;
+        }
+    };
     assert_eq!(hear(), "FDSTORE=1\nFDNAME=vmcache-socket");
-    assert!(hear().starts_with("READY=1"));
+    assert_eq!(hear(), "READY=1");
+    while any() != "STATUS=1 of 1 VMs ready" {}
     let out = vmcache(&config).args(["run", "--", "uname", "-s"]).output().unwrap();
     assert_eq!(text(&out.stdout), "Linux\n", "{}", text(&out.stderr));
     assert!(vmcache(&config).arg("quit").status().unwrap().success());

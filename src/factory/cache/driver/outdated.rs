@@ -47,7 +47,8 @@ impl Driver {
             false => "the pool has more than it shall keep",
         };
         event!(RETIRED, vm = id, qemu = pid; "VM {id} (QEMU pid {pid}): {why}");
-        self.forget(pid);
+        // Whoever waits until it is not seen any more finds it gone.
         ready.vm.destroy();
+        self.forget(pid);
     }
 }
