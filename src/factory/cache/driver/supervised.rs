@@ -9,7 +9,7 @@ use crate::vm::ledger::State;
 /// Between two words on what the pool holds.
 const WORDS: Duration = Duration::from_secs(1);
 
-/// What it has been told, and when it is next.
+/// What it has been told, and when that was last looked at.
 pub(super) struct Supervised {
     /// How often the loop has to turn; none when nobody asked.
     watchdog: Option<Duration>,
@@ -42,17 +42,19 @@ impl Driver {
         if !self.supervised.words {
             return beat;
         }
+        let sooner = |due: Instant| Some(beat.map_or(due, |beat| beat.min(due)));
+        let due = self.supervised.told.1.map_or(now, |at| at + WORDS);
+        if due > now {
+            return sooner(due);
+        }
+        // Put together once a second at most: this is asked after each event.
         let text = self.in_words();
         let (told, at) = &mut self.supervised.told;
-        if *told == text {
-            return beat;
-        }
-        let due = at.map_or(now, |at| at + WORDS);
-        if due > now {
-            return Some(beat.map_or(due, |beat| beat.min(due)));
-        }
         *at = Some(now);
-        if notify::state(&format!("STATUS={text}")) {
+        if *told != text {
+            if !notify::state(&format!("STATUS={text}")) {
+                return sooner(now + WORDS);
+            }
             *told = text;
         }
         beat
