@@ -104,9 +104,11 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     let session = Session::start()?;
     let attachments = Attachments::open(r)?;
     let wanted = r.size.within(r.wait);
-    let mut guest: Guest = match r.cold {
-        true => cold(common, r, &wanted, &session)?,
-        false => claim(common, r, &wanted, &session)?,
+    let (mut guest, server) = match r.cold {
+        true => (cold(common, r, &wanted, &session)?, None),
+        false => {
+            claim(common, r, &wanted, &session).map(|(guest, server)| (guest, Some(server)))?
+        }
     };
     if let Some(why) = guest.fallback() {
         eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
@@ -126,6 +128,8 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         None if attachments.root() => guest.spawn_in_root(&command)?,
         None => guest.spawn(&command)?,
     };
+    // Whatever it was told has come there long since; a command may take days.
+    drop(server);
     let ended = session.attach(&running, terminal, timeout)?;
     if r.keep {
         session.release();
@@ -165,7 +169,13 @@ fn check_root(root: &Path) -> Result<(), Failure> {
         .map_err(|e| Failure::new(USAGE, format!("--rootfs {}: {e}", root.display())))
 }
 
-fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result<Guest, Failure> {
+/// A VM of the pool's, and the connection by which it came.
+fn claim(
+    common: &Common,
+    r: &Run,
+    wanted: &Wanted,
+    session: &Session,
+) -> Result<(Guest, GrpcCache), Failure> {
     let server = connect(common)?.growing(wanted.cpus, wanted.memory_mib);
     // Whose id is not out yet nobody else could end.
     let server = if r.keep { server.leasing_until_kept() } else { server.leasing() };
@@ -173,7 +183,8 @@ fn claim(common: &Common, r: &Run, wanted: &Wanted, session: &Session) -> Result
     let _progress = Progress::start("waiting for a VM");
     let born = |birth: Birth<'_>| session.hold(birth);
     let factory = Factory::new(&server, own.as_ref()).leased(!r.keep).born(&born);
-    Ok(factory.get_vm(wanted)?.into())
+    let guest = factory.get_vm(wanted)?.into();
+    Ok((guest, server))
 }
 
 /// Boots a VM for this command alone.

@@ -7,6 +7,7 @@
 //! one that can not be taken over is reported with its id.
 
 mod error;
+mod telling;
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::after;
 pub use error::Error;
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
+use telling::Telling;
 
 use super::cache::pool::{DRAINED, RESTARTING, STOPPING};
 use super::{BaseFactory, VmStatus};
@@ -48,6 +50,8 @@ enum Lease {
 
 /// A connection to a server.
 pub struct GrpcCache {
+    // First, so that the channel outlives it.
+    telling: Telling,
     endpoint: PathBuf,
     cache: CacheServiceClient,
     control: ControlClient,
@@ -75,6 +79,7 @@ impl GrpcCache {
             .http2_bdp_probe(false);
         let channel = channel_over(builder, "vmcache", stream).map_err(unreachable)?;
         Ok(GrpcCache {
+            telling: Telling::new(),
             endpoint: endpoint.to_path_buf(),
             cache: CacheServiceClient::new(channel.clone()),
             control: ControlClient::new(channel),
@@ -374,8 +379,12 @@ impl BaseFactory for GrpcCache {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let used = UsedRequest { id: vm.id().into(), micros, ..UsedRequest::default() };
         if let Ok(answer) = self.control.used_async_opt(&used, Self::short()) {
-            // Servers without that call do not matter.
-            self.control.spawn(async move { drop(answer.await) });
+            let told = self.telling.another();
+            self.control.spawn(async move {
+                // Servers without that call do not matter.
+                drop(answer.await);
+                drop(told);
+            });
         }
     }
 

@@ -90,7 +90,7 @@ pub trait BaseFactory {
         Ok(())
     }
     /// A VM that it gave can run a command, so long after it was asked for: for its
-    /// measures, without waiting.
+    /// measures, without waiting. Lost if the VM ends, or this process does, at once.
     fn used(&self, vm: &Vm, took: Duration) {
         let _ = (vm, took);
     }

@@ -3,8 +3,11 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use serde_json::Value;
 use vmcache::factory::grpccache::{Error, GrpcCache};
+use vmcache::factory::BaseFactory;
 use vmcache::vm::wire::from_wire;
 
 use crate::daemon::{assert_nothing_left, qemus, text, wait_for, Daemon, Dir, Options, LONG};
@@ -43,6 +46,41 @@ fn a_claim_that_is_not_confirmed_is_ended() {
     d.wait_log("vm-ended", 2);
     assert!(client.release(&kept.id).is_err());
     d.wait_ready(2);
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn a_measure_arrives_although_its_client_goes() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let server = Pid::from_raw(d.pid());
+    let count = || d.status()["latency"]["exec_ready"]["count"].as_u64();
+    let client = GrpcCache::connect(&d.socket()).unwrap();
+    let vm = client.get_base_vm(Some(LONG)).unwrap();
+    client.confirm(&vm).unwrap();
+    assert_eq!(count(), Some(0));
+    // A server that is slow, as one on a busy host is.
+    kill(server, Signal::SIGSTOP).unwrap();
+    client.used(&vm, Duration::from_millis(5));
+    let goes_on = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        kill(server, Signal::SIGCONT).unwrap();
+    });
+    drop(client);
+    goes_on.join().unwrap();
+    assert_eq!(count(), Some(1));
+    // One that stands still does not hold a client for long.
+    let client = GrpcCache::connect(&d.socket()).unwrap();
+    kill(server, Signal::SIGSTOP).unwrap();
+    client.used(&vm, Duration::from_millis(5));
+    let since = Instant::now();
+    drop(client);
+    let held = since.elapsed();
+    kill(server, Signal::SIGCONT).unwrap();
+    assert!(held < Duration::from_secs(5), "{held:?}");
+    vm.destroy();
+    d.wait_log("vm-ended", 1);
+    d.wait_ready(1);
     assert_nothing_left(&d.quit().0);
 }
 
