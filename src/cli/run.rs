@@ -23,6 +23,7 @@ use crate::factory::grpccache::{Error, GrpcCache};
 use crate::factory::{direct, Factory, Obtained, Wanted};
 use crate::process::attendant::Role;
 use crate::vm::{Birth, VmConfig};
+use crate::worker::Worker;
 use crate::workload::{send_root, Command, Guest, WRITING_OUT};
 
 /// For a guest that has been given up, to write out its disks.
@@ -128,8 +129,9 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         None if attachments.root() => guest.spawn_in_root(&command)?,
         None => guest.spawn(&command)?,
     };
-    // Whatever it was told has come there long since; a command may take days.
-    drop(server);
+    // A command may take days, and needs no connection; its VM has to be there until the
+    // server knows what it was told of it.
+    let told = Worker::spawn("vmc-told", move || drop(server));
     let ended = session.attach(&running, terminal, timeout)?;
     if r.keep {
         session.release();
@@ -144,6 +146,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
             kept(&connect(common)?, &id)?;
         }
     } else {
+        let _ = told.map(|told| told.done().recv());
         // A guest that does not answer is not waited for a second time.
         guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
     }

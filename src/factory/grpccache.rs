@@ -7,6 +7,7 @@
 //! one that can not be taken over is reported with its id.
 
 mod error;
+mod patience;
 mod telling;
 
 use std::os::unix::net::UnixStream;
@@ -14,12 +15,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::after;
 pub use error::Error;
 use grpcio::{CallOption, ChannelBuilder, EnvBuilder, Environment, MetadataBuilder, RpcStatusCode};
 use telling::Telling;
 
-use super::cache::pool::{DRAINED, RESTARTING, STOPPING};
 use super::{BaseFactory, VmStatus};
 use crate::proto::cache::{GrpcStatus, GrpcVM, GrpcVMConfig};
 use crate::proto::cache_grpc::CacheServiceClient;
@@ -33,10 +32,6 @@ use crate::vm::{wire, Vm, VmConfig};
 pub const LEASE_HEADER: &str = "vmcache-lease";
 /// Deadline of a call that waits for nothing.
 const CALL: Duration = Duration::from_secs(10);
-/// How often a call is made again whose connection broke.
-const MOST_TRIES: u32 = 4;
-/// Pause before the first of that; each is twice the one before.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Largest answer taken, in bytes.
 const MAX_ANSWER: i32 = 16 * 1024 * 1024;
 
@@ -134,7 +129,8 @@ impl GrpcCache {
                     Error::Gone { endpoint, text: status.message().to_string() }
                 }
                 RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { endpoint, call },
-                RpcStatusCode::UNAVAILABLE => {
+                // A server that is ending cancels what comes too late for it.
+                RpcStatusCode::UNAVAILABLE | RpcStatusCode::CANCELLED => {
                     Error::Stopping { endpoint, text: status.message().to_string() }
                 }
                 code => {
@@ -221,39 +217,6 @@ impl GrpcCache {
                 Err(Error::Answer { endpoint, call, why })
             }
         }
-    }
-
-    /// Asks a server that restarts again, as long as there is time. `broken`: also when
-    /// the connection broke, since nothing is lost by asking twice.
-    fn patiently<T>(
-        &self,
-        within: Option<Duration>,
-        broken: bool,
-        ask: impl Fn(&GrpcCache, Instant, Option<Duration>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let since = Instant::now();
-        let mut answer = ask(self, since, within);
-        let mut tries = 0;
-        while let Err(Error::Stopping { text, .. }) = &answer {
-            let final_word = [STOPPING, DRAINED].contains(&text.as_str());
-            let left = within.map(|w| w.saturating_sub(since.elapsed()));
-            if final_word || left == Some(Duration::ZERO) {
-                break;
-            }
-            if text != RESTARTING {
-                // A server may be going, or may not want this client.
-                if !broken || tries == MOST_TRIES {
-                    break;
-                }
-                let _ = after(FIRST_PAUSE * (1 << tries)).recv();
-                tries += 1;
-            }
-            // Its socket has stayed: who connects waits for the next one to accept.
-            let again = GrpcCache::connect(&self.endpoint)?;
-            let again = GrpcCache { lease: self.lease, ..again };
-            answer = ask(&again, since, left);
-        }
-        answer
     }
 
     /// Confirm: the caller has the VM that it claimed.
