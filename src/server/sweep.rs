@@ -23,7 +23,7 @@ use crate::factory::cache::pool::Ready;
 use crate::hypervisor::qemu::argv::SHARED;
 use crate::process::Process;
 use crate::sys::process::start_time;
-use crate::vm::dir::VmDir;
+use crate::vm::dir::{self, VmDir};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::{wire, Vm};
 
@@ -52,6 +52,7 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
     let own = endpoint.display().to_string();
     let now = Made::of(config);
     let mut kept = Kept::default();
+    dir::forsaken(store).iter().for_each(|path| drop(VmDir::adopt(path)));
     for (path, ledger) in Ledger::all(store) {
         let dead = !Process::adopt(ledger.pid, ledger.start_time).is_ok_and(|qemu| {
             let alive = qemu.alive();

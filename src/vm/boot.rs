@@ -196,12 +196,6 @@ impl Spawned {
             early(&id, Phase::Directory, text.into())
         };
         watch(Birth::Begins);
-        let dir = VmDir::create(&config.store(), &id).map_err(directory)?;
-        let confinement = Confinement::of(config, &id, dir.path())
-            .map_err(|e| early(&id, Phase::Confinement, e.into()))?;
-        if config.shares_9p() || config.shares_virtiofs() {
-            dir.share().map_err(directory)?;
-        }
         let (endpoint, leased) = match purpose {
             Purpose::Pool { endpoint } => (endpoint.clone(), false),
             Purpose::Own { leased, .. } => (String::new(), *leased),
@@ -230,6 +224,13 @@ impl Spawned {
             shape: shape::shape(config),
             build: shape::build(config),
         };
+        let dir = VmDir::create(&config.store(), &id, |dir| ledger.write(dir));
+        let dir = dir.map_err(directory)?;
+        let confinement = Confinement::of(config, &id, dir.path())
+            .map_err(|e| early(&id, Phase::Confinement, e.into()))?;
+        if config.shares_9p() || config.shares_virtiofs() {
+            dir.share().map_err(directory)?;
+        }
         let seated = Seated::take(config, dir.path());
         let Seated { agent, channels, vsock } =
             seated.map_err(|e| early(&id, Phase::Directory, e))?;

@@ -3,6 +3,7 @@
 //!
 //! Invariants: nothing recurses, and a few fds are open whatever the depth (a directory
 //! in a directory is moved up first); no link is followed; what is mounted there stops it.
+//! Two processes may remove the same directory: each returns when it is gone.
 
 use std::ffi::CString;
 use std::io;
@@ -32,19 +33,29 @@ pub fn remove(path: &Path) -> io::Result<()> {
     loop {
         let names = entries(top.as_fd(), MOST)?;
         if names.is_empty() {
-            break;
+            match std::fs::remove_dir(path) {
+                // Something has been moved up there meanwhile, or added: a port's lock, by who
+                // is just connecting to the agent.
+                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                    left = left.checked_sub(1).ok_or(e)?;
+                    continue;
+                }
+                done => return done,
+            }
         }
         for (name, directory) in names {
             left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
             if !directory {
-                unlinkat(&top, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+                there(unlinkat(&top, name.as_c_str(), UnlinkatFlags::NoRemoveDir))?;
                 continue;
             }
-            let inner = openat(&top, name.as_c_str(), flags, Mode::empty())?;
-            for (below, directory) in entries(inner.as_fd(), left + 1)? {
+            let Some(inner) = there(openat(&top, name.as_c_str(), flags, Mode::empty()))? else {
+                continue;
+            };
+            for (below, directory) in there(entries(inner.as_fd(), left + 1))?.unwrap_or_default() {
                 left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
                 if !directory {
-                    unlinkat(&inner, below.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+                    there(unlinkat(&inner, below.as_c_str(), UnlinkatFlags::NoRemoveDir))?;
                     continue;
                 }
                 loop {
@@ -54,19 +65,34 @@ pub fn remove(path: &Path) -> io::Result<()> {
                     if fstatat(&top, up.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
                         == Err(Errno::ENOENT)
                     {
-                        renameat(&inner, below.as_c_str(), &top, up.as_c_str())?;
+                        match renameat(&inner, below.as_c_str(), &top, up.as_c_str()) {
+                            // There is one now.
+                            Err(Errno::ENOTEMPTY | Errno::EEXIST) => continue,
+                            done => there(done)?,
+                        };
                         break;
                     }
                 }
             }
-            unlinkat(&top, name.as_c_str(), UnlinkatFlags::RemoveDir)?;
+            match unlinkat(&top, name.as_c_str(), UnlinkatFlags::RemoveDir) {
+                // Its name is another's that was moved up: the next round's.
+                Err(Errno::ENOTEMPTY) => {}
+                done => drop(there(done)?),
+            }
         }
     }
-    std::fs::remove_dir(path)
+}
+
+/// What came of doing something with an entry; `None` where another process has removed it.
+fn there<T>(done: nix::Result<T>) -> nix::Result<Option<T>> {
+    match done {
+        Err(Errno::ENOENT) => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 /// Names, and whether they are directories; at most so many.
-fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> io::Result<Vec<(CString, bool)>> {
+fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> nix::Result<Vec<(CString, bool)>> {
     let own =
         openat(dir, c".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut found = Vec::new();
@@ -79,7 +105,9 @@ fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> io::Result<Vec<(CSt
         let directory = match entry.file_type() {
             Some(kind) => kind == Type::Directory,
             None => {
-                let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                let Some(stat) = there(fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))? else {
+                    continue;
+                };
                 SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR
             }
         };
@@ -96,6 +124,28 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn two_at_once_both_find_it_gone() {
+        let tree = std::env::temp_dir().join(format!("vmcache-both-{}", std::process::id()));
+        for _ in 0..50 {
+            for n in 0..20 {
+                fs::create_dir_all(tree.join(format!("d{n}/e/f"))).unwrap();
+                fs::write(tree.join(format!("d{n}/file")), "").unwrap();
+                fs::write(tree.join(format!("file{n}")), "").unwrap();
+            }
+            let path = tree.clone();
+            let other = crate::worker::Worker::spawn("vmc-other", move || remove(&path)).unwrap();
+            let mine = remove(&tree);
+            let gone = !tree.exists();
+            let others = other.join(std::time::Duration::from_secs(60)).unwrap();
+            for removed in [mine, others] {
+                let missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+                assert!(removed.as_ref().err().is_none_or(missing), "{removed:?}");
+            }
+            assert!(gone);
+        }
+    }
 
     #[test]
     fn deep_and_wide_trees_go_and_links_are_not_followed() {

@@ -3,7 +3,8 @@
 //!
 //! Invariants: whoever holds a [`VmDir`] owns the directory; dropping it removes
 //! it unless it was let go; what could not be removed is remembered, and a server
-//! tries again ([`remove_left`]).
+//! tries again ([`remove_left`]). One without a word of whose it is bears its maker's pid
+//! in its name ([`forsaken`]), and never a VM's.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -19,6 +20,7 @@ use nix::unistd::geteuid;
 use super::clearing;
 use crate::confine::cgroup;
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
+use crate::sys::process::start_time;
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
@@ -26,8 +28,9 @@ const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
 const ROOT: &str = "vmcache-root";
 /// The directory in it of another user to whom it was handed.
 const CLIENT: &str = "client";
-/// Tries to remove a directory to which others add files.
-const MORE_TRIES: usize = 8;
+/// How the names of directories begin that are not a VM's yet: their makers' pid and start
+/// time follow.
+const NEW: &str = ".new-";
 
 /// The directory of one VM.
 #[derive(Debug)]
@@ -39,16 +42,28 @@ pub struct VmDir {
 }
 
 impl VmDir {
-    /// Makes the directory of a new VM, and the store above it.
+    /// Makes the directory of a new VM, and the store above it. It has its name once `write`
+    /// has put down there whose it is.
     ///
     /// # Errors
-    /// As mkdir(2).
-    pub fn create(store: &Path, id: &str) -> io::Result<VmDir> {
+    /// As mkdir(2) and rename(2), and those of `write`; no directory stays then.
+    pub fn create(
+        store: &Path,
+        id: &str,
+        write: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> io::Result<VmDir> {
         // Its VMs' users pass through it.
         DirBuilder::new().recursive(true).mode(0o711).create(store)?;
+        let pid = std::process::id();
+        let since = start_time(pid as i32).unwrap_or(0);
+        let new = store.join(format!("{NEW}{pid}-{since}-{id}"));
+        DirBuilder::new().mode(0o700).create(&new)?;
+        let mut dir = VmDir { path: new, more: None, let_go: false };
+        write(&dir.path)?;
         let path = store.join(id);
-        DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(VmDir { path, more: None, let_go: false })
+        fs::rename(&dir.path, &path)?;
+        dir.path = path;
+        Ok(dir)
     }
 
     /// Takes over a directory that another process made.
@@ -132,6 +147,18 @@ impl VmDir {
     pub fn let_go(mut self) {
         self.let_go = true;
     }
+}
+
+/// Directories in a store whose makers were killed before these had their names.
+pub fn forsaken(store: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(store).into_iter().flatten().flatten();
+    let gone = |name: &str| {
+        let mut words = name.strip_prefix(NEW)?.splitn(3, '-');
+        let (pid, since) = (words.next()?.parse().ok()?, words.next()?.parse::<u64>().ok()?);
+        Some(start_time(pid) != Some(since))
+    };
+    let names = entries.filter(|e| e.file_name().to_str().and_then(gone) == Some(true));
+    names.map(|e| e.path()).collect()
 }
 
 /// A mount below a directory; also when it can not be known that there is none.
@@ -227,21 +254,44 @@ impl Drop for VmDir {
             log::warn!("remove the cgroup of the VM directory {}: {e}", self.path.display());
             return remember(&self.path);
         }
-        // Who is just connecting to the agent may add a port's lock meanwhile.
-        let mut removed = clearing::remove(&self.path);
-        for _ in 0..MORE_TRIES {
-            match &removed {
-                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    removed = clearing::remove(&self.path);
-                }
-                _ => break,
-            }
-        }
+        let removed = clearing::remove(&self.path);
         let more = self.more.as_ref().map_or(Ok(()), |more| clearing::remove(more));
         if let Err(e) = removed.and(more).or_else(gone).or_else(|e| self.servers(e)) {
             // Of one that holds very many files, some are gone; the rest is the next try's.
             log::warn!("remove the VM directory {}: {e}", self.path.display());
             remember(&self.path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_without_a_name_is_forsaken_once_its_maker_is_gone() {
+        let store = std::env::temp_dir().join(format!("vmcache-forsaken-{}", std::process::id()));
+        let dir = VmDir::create(&store, "one", |dir| {
+            assert!(forsaken(&store).is_empty(), "its maker is here");
+            fs::write(dir.join("vm.json"), "")
+        });
+        let dir = dir.unwrap();
+        assert_eq!(dir.path(), store.join("one"));
+        assert!(dir.path().join("vm.json").exists());
+        let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
+        assert!(VmDir::create(&store, "two", |_| full()).is_err());
+        // No process is that old, nor has that pid.
+        for gone in [format!(".new-{}-0-three", std::process::id()), ".new-0-7-four".into()] {
+            fs::create_dir(store.join(gone)).unwrap();
+        }
+        let others = [".new-", ".new-x-7-five", ".newer-0-7-six"];
+        others.iter().for_each(|name| fs::create_dir(store.join(name)).unwrap());
+        let found = forsaken(&store);
+        assert_eq!(found.len(), 2, "{found:?}");
+        found.iter().for_each(|path| drop(VmDir::adopt(path)));
+        drop(dir);
+        let left: Vec<_> = fs::read_dir(&store).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), others.len(), "{left:?}");
+        fs::remove_dir_all(&store).unwrap();
     }
 }

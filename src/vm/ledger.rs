@@ -214,10 +214,11 @@ impl Ledger {
         self.attendants.iter().filter_map(Attendant::adopt).collect()
     }
 
-    /// All VMs with a ledger below a store, by directory; damaged ones are
-    /// left out.
+    /// All VMs with a ledger below a store, by directory; damaged ones are left out, and
+    /// those whose directories have no name yet.
     pub fn all(store: &Path) -> Vec<(std::path::PathBuf, Ledger)> {
         let entries = fs::read_dir(store).into_iter().flatten().flatten();
+        let entries = entries.filter(|e| !e.file_name().as_encoded_bytes().starts_with(b"."));
         let mut found: Vec<_> =
             entries.filter_map(|e| Ledger::read(&e.path()).ok().map(|l| (e.path(), l))).collect();
         found.sort_by_key(|(_, l)| (l.created, l.pid));

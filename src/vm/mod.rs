@@ -47,7 +47,7 @@ use crate::process::Process;
 pub const ANSWER: Duration = Duration::from_secs(20);
 
 /// Until the monitor of one that waits greets.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Why something could not be done with a VM.
 #[derive(Debug)]
@@ -222,7 +222,7 @@ impl Vm {
         self.monitored(|qmp| {
             qmp.resume()?;
             match vsock {
-                true => virtio::await_driver(qmp, VSOCK, ANSWER),
+                true => virtio::await_driver(qmp, VSOCK, || true, ANSWER),
                 false => Ok(()),
             }
         })?;

@@ -26,9 +26,14 @@ const DRIVER_OK: &str = "VIRTIO_CONFIG_S_DRIVER_OK";
 /// is not waited for.
 ///
 /// # Errors
-/// QEMU's; a guest that is not that far after `within` is no error, since whoever
-/// asks it next will tell.
-pub fn await_driver(qmp: &mut Qmp, device: &str, within: Duration) -> Result<(), qmp::Error> {
+/// QEMU's; a guest that is not that far after `within`, or when what it needs is not
+/// `there` any more, is no error, since whoever asks it next will tell.
+pub fn await_driver(
+    qmp: &mut Qmp,
+    device: &str,
+    there: impl Fn() -> bool,
+    within: Duration,
+) -> Result<(), qmp::Error> {
     let deadline = Instant::now() + within;
     let path = json!({"path": format!("/machine/peripheral/{device}/virtio-backend")});
     loop {
@@ -38,7 +43,7 @@ pub fn await_driver(qmp: &mut Qmp, device: &str, within: Duration) -> Result<(),
                 settle();
                 return Ok(());
             }
-            Ok(_) if Instant::now() >= deadline => return Ok(()),
+            Ok(_) if Instant::now() >= deadline || !there() => return Ok(()),
             Ok(_) => {
                 let _ = after(RETRY).recv();
             }

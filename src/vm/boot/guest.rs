@@ -49,7 +49,8 @@ impl Connected {
         let Connected { spawned, monitor } = self;
         let (agent, clock) = (&spawned.agent, spawned.clock);
         if matches!(agent.address(), Address::Hybrid { .. }) {
-            virtio::await_driver(monitor, VSOCK, clock.left())?;
+            let there = || spawned.attendants.iter().all(Attendant::alive);
+            virtio::await_driver(monitor, VSOCK, there, clock.left())?;
         }
         let ask = || {
             agent.connect(clock.left(), true)?;
