@@ -24,6 +24,14 @@ pub fn point(name: &str) {
     assert!(wanted != name || fs::remove_file(file).is_err(), "asked for by {VARIABLE}");
 }
 
+/// A number in a file, instead of one that the host has: `name` and the file are the
+/// variable's. For tests whose machine others use as well.
+pub fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(VARIABLE).ok()?;
+    let (wanted, file) = text.split_once(':')?;
+    (wanted == name).then(|| fs::read_to_string(file).ok()?.trim().parse().ok())?
+}
+
 /// Whether this is asked for, for good: no file is needed.
 pub fn asked(name: &str) -> bool {
     std::env::var(VARIABLE).is_ok_and(|text| text == name)

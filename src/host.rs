@@ -23,6 +23,10 @@ pub fn memory_mib() -> u64 {
 /// Memory that can be had without swapping, MiB, as the kernel estimates it; 0
 /// where /proc does not tell.
 pub fn available_mib() -> u64 {
+    #[cfg(feature = "faults")]
+    if let Some(mib) = crate::faults::number("memory") {
+        return mib;
+    }
     meminfo("MemAvailable:")
 }
 
@@ -42,12 +46,23 @@ pub fn memory_pressure() -> Option<f64> {
     stalled(&std::fs::read_to_string("/proc/pressure/memory").ok()?)
 }
 
+/// What the host has again when a process ends, MiB: in pages of the usual size, and in
+/// huge ones. Not what it shares with others, nor what files in memory keep; less than
+/// all where this user may not know.
+pub fn freed_with_mib(pid: i32) -> (u64, u64) {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
+    if let Ok(text) = rollup {
+        let of = |key| kib(&text, key) / 1024;
+        return (of("Private_Dirty:"), of("Private_Hugetlb:"));
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    (kib(&status, "RssAnon:") / 1024, 0)
+}
+
 /// Memory of this process that is in memory, bytes; 0 where /proc does not tell.
 pub fn resident_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-    let kib: Option<u64> = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
-    kib.unwrap_or(0) * 1024
+    kib(&text, "VmRSS:") * 1024
 }
 
 fn stalled(text: &str) -> Option<f64> {
@@ -61,12 +76,30 @@ fn meminfo(key: &str) -> u64 {
 
 fn number(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    kib(&text, key)
+}
+
+/// A number of a file of proc's whose lines begin with their key; 0 if it is not there.
+fn kib(text: &str, key: &str) -> u64 {
     let line = text.lines().find_map(|l| l.strip_prefix(key));
     line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn what_a_process_has_alone_ends_with_it() {
+        let own = std::process::id() as i32;
+        let (before, huge) = super::freed_with_mib(own);
+        let much = std::hint::black_box(vec![1_u8; 64 << 20]);
+        let after = super::freed_with_mib(own).0;
+        // Others of these tests come and go in this process.
+        assert!(after >= before + 48, "{before} and {after} MiB with {} bytes more", much.len());
+        assert_eq!(huge, 0);
+        // Nobody's.
+        assert_eq!(super::freed_with_mib(i32::MAX), (0, 0));
+    }
+
     #[test]
     fn pressure_is_read_as_the_kernel_writes_it() {
         let text = "some avg10=12.50 avg60=0.00 avg300=0.00 total=7\nfull avg10=9.00 total=0\n";

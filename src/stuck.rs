@@ -120,7 +120,7 @@ mod tests {
             |all: Vec<String>| all.into_iter().filter(|t| t.contains(" thing")).collect::<Vec<_>>();
         let told = own(look());
         assert!(told.len() == 1 && told[0].contains("what_takes_too_long"), "{told:?}");
-        assert!(told[0].contains("a slow thing for 0 s"), "{told:?}");
+        assert!(told[0].contains("a slow thing for "), "{told:?}");
         drop(slow);
         assert!(own(look()).is_empty());
         drop(quick);

@@ -52,6 +52,9 @@ use peers::Peers;
 const STOP: Duration = Duration::from_secs(60);
 /// How long the other threads may.
 const JOIN: Duration = Duration::from_secs(5);
+/// How long answers that are on their way may take, and clients with the connections that
+/// they have been told to end.
+const ANSWERS: Duration = Duration::from_secs(1);
 /// Memory that gRPC may take for connections' buffers, in bytes.
 const RPC_MEMORY: usize = 8 * 1024 * 1024;
 /// Largest request taken, in bytes: all of Kata's are empty.
@@ -209,11 +212,15 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let mut socket = None;
     if let Some((mut server, listener)) = accepting.stop(JOIN) {
         socket = Some(listener);
-        // Answers that are on their way arrive; calls that still wait are cancelled.
+        // Answers that are on their way arrive; calls that still wait are cancelled, and
+        // with them gRPC ends the connections.
         let finished = server.shutdown();
-        server.cancel_all_calls();
-        let _ = Worker::spawn("vmc-shutdown", move || futures_executor::block_on(finished))
-            .and_then(|w| w.join(JOIN).map(|_| ()));
+        let ended = Worker::spawn("vmc-shutdown", move || futures_executor::block_on(finished));
+        if let Ok(ended) = ended {
+            let _ = ended.done().recv_timeout(ANSWERS);
+            server.cancel_all_calls();
+            let _ = ended.join(JOIN);
+        }
         drop(server);
     }
     if then == Then::Again {

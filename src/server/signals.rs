@@ -20,7 +20,7 @@ use crate::factory::cache::pool::{Pool, Then};
 use crate::worker::{self, Worker};
 
 /// How long the thread that waits for signals may take to end.
-const JOIN: Duration = Duration::from_secs(1);
+const JOIN: Duration = Duration::from_secs(10);
 
 /// The signals that are waited for.
 pub struct Signals(SigSet);

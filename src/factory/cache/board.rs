@@ -94,6 +94,8 @@ pub struct Facts {
     pub target: usize,
     /// VMs made at the same time, at most.
     pub parallel: usize,
+    /// VMs being made, those included that have no QEMU yet.
+    pub making: usize,
     /// Claims in line.
     pub waiting: usize,
     /// Counts.
@@ -184,7 +186,7 @@ impl Board {
                 "target": facts.target,
                 "ready": count(State::Ready),
                 "awake": awake,
-                "booting": count(State::Booting),
+                "booting": facts.making,
                 "waiting": facts.waiting,
                 "held": facts.held,
                 "outdated": outdated,

@@ -101,6 +101,8 @@ pub struct Driver {
     line: Line,
     booting: HashMap<u64, Booting>,
     handed: HashMap<i32, Handed>,
+    /// What served VMs that have ended, and was slower to end than they.
+    dying: Vec<OwnedFd>,
     /// When VMs have to be confirmed, by QEMU's pid; the earliest first.
     graces: VecDeque<(Instant, i32)>,
     rest: rest::Rest,
@@ -162,6 +164,7 @@ impl Driver {
             line: Line::default(),
             booting: HashMap::new(),
             handed: HashMap::new(),
+            dying: Vec::new(),
             graces: VecDeque::new(),
             rest: rest::Rest::new(config, pool)?,
             next_job: 1,
@@ -333,11 +336,13 @@ impl Driver {
     fn died(&mut self, ready: Ready, what: &str) {
         let (id, pid) = (ready.vm.id(), ready.vm.pid());
         let text = format!("VM {id} (QEMU pid {pid}), which stood ready, {what}");
-        event!(VM_DIED, vm = id, qemu = pid; "{text}; replacing it");
         self.forget(ready.vm.pid());
-        let mut facts = self.pool.board.facts();
-        facts.counters.died_ready += 1;
-        facts.last_error = Some(text);
+        {
+            let mut facts = self.pool.board.facts();
+            facts.counters.died_ready += 1;
+            facts.last_error = Some(text.clone());
+        }
+        event!(VM_DIED, vm = id, qemu = pid; "{text}; replacing it");
     }
 
     /// No word of it in status, and no watch.

@@ -1,7 +1,7 @@
 //! Room for another VM: whether the host can give it the memory that it may need.
 //!
-//! Invariant: nothing is begun for which there is no room; VMs that stand ready are
-//! left alone. What files in memory take (a template's, whoever left them) the kernel
+//! Invariant: nothing is begun for which there is no room. VMs that stand ready are
+//! left alone, but for those of an older configuration whose end makes room. What files in memory take (a template's, whoever left them) the kernel
 //! does not count as available.
 
 use std::time::Duration;
@@ -43,7 +43,7 @@ impl Room {
 
     /// Looks whether there is room beside those that are being made.
     pub fn look(&mut self, making: usize) -> bool {
-        let now = self.why_not(making as u64);
+        let now = self.why_not(making as u64, (0, 0));
         match (&self.short, &now) {
             (None, Some(why)) => event!(MEMORY_SHORT; "{why}; no VM is made until then"),
             (Some(_), None) => event!(MEMORY_ENOUGH; "VMs are made again"),
@@ -53,10 +53,24 @@ impl Room {
         self.short.is_none()
     }
 
-    fn why_not(&self, making: u64) -> Option<String> {
+    /// How many of these QEMUs, the first of them first, have to end so that there is room for
+    /// one more; `None` where all of them would not do.
+    pub fn without(&self, qemus: &[i32]) -> Option<usize> {
+        let mut more = (0, 0);
+        let enough = qemus.iter().position(|pid| {
+            let (usual, huge) = host::freed_with_mib(*pid);
+            more = (more.0 + usual, more.1 + huge);
+            self.why_not(0, more).is_none()
+        });
+        enough.map(|last| last + 1)
+    }
+
+    /// Beside so many that are being made, and with so much more memory, MiB: in pages of the
+    /// usual size and in huge ones.
+    fn why_not(&self, making: u64, more: (u64, u64)) -> Option<String> {
         let (need, available) = (self.need * (making + 1), host::available_mib());
         // 0 where the kernel does not tell.
-        if available > 0 && available < need {
+        if available > 0 && available + more.0 < need {
             return Some(format!(
                 "{} may need {need} MiB, and the host has {available} MiB available",
                 vms(making + 1)
@@ -64,7 +78,7 @@ impl Room {
         }
         if let Some(guest) = self.huge {
             let (need, free) = (guest * (making + 1), host::free_huge_mib());
-            if free < need {
+            if free + more.1 < need {
                 return Some(format!(
                     "{} need {need} MiB of huge pages, and {free} MiB are free",
                     vms(making + 1)

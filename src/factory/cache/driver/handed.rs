@@ -170,6 +170,12 @@ impl Driver {
 
     /// What a VM needs has ended: the VM is of no use to anybody.
     pub(super) fn attendant_ended(&mut self, pid: i32, role: Role) {
+        self.dying.retain(|attendant| {
+            pidfd_alive(attendant.as_fd()) || {
+                reap(attendant.as_fd());
+                false
+            }
+        });
         let name = role.name();
         if let Some(handed) = self.handed.get(&pid) {
             // Its owner may have ended it, as Kata's runtime does with a proxy.
@@ -200,11 +206,13 @@ impl Driver {
             reap(handed.pidfd.as_fd());
             // What its owner has had started for it.
             drop(Ledger::read(&handed.dir).map(|ledger| ledger.adopt_attendants()));
-            for attendant in &handed.attendants {
+            for attendant in handed.attendants {
                 // Some end with their QEMU by themselves, and some do not.
                 let _ = pidfd_kill(attendant.as_fd(), KILL);
-                pidfd_wait(attendant.as_fd(), DYING);
-                reap(attendant.as_fd());
+                match pidfd_wait(attendant.as_fd(), DYING) {
+                    true => drop(reap(attendant.as_fd())),
+                    false => self.dying.push(attendant),
+                }
             }
             drop(crate::vm::dir::VmDir::adopt(&handed.dir));
             event!(VM_ENDED, vm = handed.ledger.id, qemu = pid; "VM {} (QEMU pid {pid}) has ended", handed.ledger.id);

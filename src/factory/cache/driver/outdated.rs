@@ -1,9 +1,13 @@
 //! VMs that the server before made from an older configuration: they are handed out
 //! while there are no others, and each goes when a new one stands in its place, or when
-//! a new one needs its memory.
+//! a new one can be made of its memory.
 
 use super::super::pool::Ready;
 use super::{event, Driver};
+
+/// VMs of an older configuration that go for one new one: with more the pool would be
+/// small for as long as that takes.
+const MOST_FOR_ONE: usize = 4;
 
 impl Driver {
     /// Of the VMs in the pool, or on their way out of it, those of an older configuration.
@@ -19,24 +23,28 @@ impl Driver {
         all.into_iter().for_each(|ready| self.publish(ready));
     }
 
-    /// There is no room for a new VM: an older one makes some, one at a time, and not while
-    /// new ones fail. Whether one did.
+    /// There is no room for a new VM: as many older ones make room as that takes, for one
+    /// new one at a time, and not while new ones fail. Where it would take more than there
+    /// are, or than [`MOST_FOR_ONE`], they stay: an older VM is better than none. Whether any
+    /// did.
     pub(super) fn give_way(&mut self) -> bool {
         if self.outdated.is_empty() || !self.booting.is_empty() || self.policy.failures() > 0 {
             return false;
         }
-        let all: Vec<_> = self.pool.ready.try_iter().collect();
-        let mut gone = false;
-        for ready in all {
-            match !gone && self.outdated.contains(&ready.vm.pid()) {
-                true => {
-                    gone = true;
-                    self.retire(*ready);
-                }
+        let ready = self.pool.board.ready().into_iter().map(|(pid, ..)| pid);
+        let older: Vec<i32> =
+            ready.filter(|pid| self.outdated.contains(pid)).take(MOST_FOR_ONE).collect();
+        let going = &older[..self.room.without(&older).unwrap_or(0)];
+        if going.is_empty() {
+            return false;
+        }
+        for ready in self.pool.ready.try_iter().collect::<Vec<_>>() {
+            match going.contains(&ready.vm.pid()) {
+                true => self.retire(*ready),
                 false => self.publish(ready),
             }
         }
-        gone
+        true
     }
 
     /// Ends a VM that stands ready.

@@ -42,6 +42,7 @@ impl Driver {
             self.next_job += 1;
             self.policy.started();
             self.booting.insert(number, Booting { since: now, qemu: None });
+            self.pool.board.facts().making = self.booting.len();
         }
     }
 
@@ -86,17 +87,22 @@ impl Driver {
                 let jitter = random(&mut byte).map_or(0.5, |()| f64::from(byte[0]) / 255.0);
                 let pause = self.policy.failed(since, Instant::now(), jitter);
                 let text = chain(&*e);
+                {
+                    // Before the log: who reads of it finds it in status.
+                    let mut facts = self.pool.board.facts();
+                    facts.counters.boots_failed += 1;
+                    *facts.failures.entry(e.phase.name()).or_default() += 1;
+                    facts.last_error = Some(text.clone());
+                }
                 event!(
                     BOOT_FAILED, vm = e.id, qemu = e.pid, phase = e.phase.name();
                     "{text}; failure {} in a row, next try in {:.1} s",
                     self.policy.failures(),
                     pause.as_secs_f64()
                 );
-                let mut facts = self.pool.board.facts();
-                facts.counters.boots_failed += 1;
-                *facts.failures.entry(e.phase.name()).or_default() += 1;
-                facts.last_error = Some(text);
             }
         }
+        // Last: whoever waits until none is made any more finds what has become of it.
+        self.pool.board.facts().making = self.booting.len();
     }
 }

@@ -70,7 +70,7 @@ impl Driver {
                 text.push_str(&format!(", {n} {what}"));
             }
         };
-        also(count(State::Booting), "being made");
+        also(facts.making, "being made");
         also(count(State::Handed), "handed out");
         also(self.outdated(), "of an older configuration");
         also(facts.waiting, "claims waiting");
