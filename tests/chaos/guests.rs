@@ -117,7 +117,7 @@ pub fn agents(prepared: &Path, times: u32) -> Row {
         to(&images[n % images.len()]);
         let failed = field.daemon().log_lines("boot-failed").len();
         // The good one that stands ready; what comes after it is not.
-        if let Some((id, _)) = field.claim("1") {
+        if let Some((id, _)) = field.claim("30") {
             field.stop(&id);
         }
         if field.claim("3").is_some() {

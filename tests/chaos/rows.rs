@@ -94,7 +94,7 @@ fn load(config: &Path, stop: &AtomicBool) -> (usize, usize) {
     let (mut done, mut not) = (0, 0);
     while !stop.load(Ordering::SeqCst) {
         let mut run = vmcache(config);
-        run.args(["run", "--wait", "20", "--", "true"]).stderr(Stdio::null());
+        run.args(["run", "--wait", "120", "--", "true"]).stderr(Stdio::null());
         match run.status().unwrap().success() {
             true => done += 1,
             false => not += 1,

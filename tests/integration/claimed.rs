@@ -105,7 +105,7 @@ fn a_guest_that_stands_still_does_not_hold_its_caller() {
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut up).unwrap();
         child
     };
-    let mut limited = start(&["--timeout", "3"]);
+    let mut limited = start(&["--timeout", "15"]);
     let mut signalled = start(&[]);
     d.ok(&["pause", &id]);
     assert_eq!(wait_child(&mut limited).code(), Some(124));

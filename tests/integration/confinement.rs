@@ -264,7 +264,10 @@ fn each_vm_has_a_cgroup_with_limits_that_goes_with_it() {
 pub fn command_as(daemon: &Daemon, uid: u32, args: &[&str]) -> Command {
     let program = daemon.dir.0.join("vmcache");
     if !program.exists() {
-        fs::copy(env!("CARGO_BIN_EXE_vmcache"), &program).unwrap();
+        // By a process of its own: a child of another test's, which inherits a file that is
+        // being written, keeps it from being executed.
+        let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_vmcache")).arg(&program).status();
+        assert!(copied.unwrap().success());
     }
     let mut command = Command::new(program);
     command.env_clear().env("VMCACHE_CONFIG", &daemon.config).uid(uid).gid(uid);

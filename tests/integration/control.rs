@@ -24,14 +24,14 @@ fn a_claim_that_is_not_confirmed_is_ended() {
     let prepared = require_qemu!();
     let d = Daemon::start(&Options::pool(&prepared, 2));
     let client = GrpcCache::connect(&d.socket()).unwrap().labelled("nobody's");
+    let since = Instant::now();
     let (vm, grace) = client.claim(Some(LONG)).unwrap();
     let (kept, _) = client.claim(Some(LONG)).unwrap();
     client.confirm_claim(&kept.id).unwrap();
     assert!(grace >= Duration::from_secs(5) && grace <= Duration::from_secs(60), "{grace:?}");
     assert_eq!(handed(&d)[0]["label"], "nobody's");
-    let since = Instant::now();
     d.wait_log("was not confirmed", 1);
-    assert!(since.elapsed() + Duration::from_millis(500) > grace, "{:?}", since.elapsed());
+    assert!(since.elapsed() >= grace, "{:?}", since.elapsed());
     d.wait_log("vm-ended", 1);
     assert_eq!(d.status()["counters"]["claims_unconfirmed"], 1);
     // Who is late is told, and what was confirmed stays.
@@ -77,7 +77,7 @@ fn a_measure_arrives_although_its_client_goes() {
     drop(client);
     let held = since.elapsed();
     kill(server, Signal::SIGCONT).unwrap();
-    assert!(held < Duration::from_secs(5), "{held:?}");
+    assert!(held < Duration::from_secs(20), "{held:?}");
     vm.destroy();
     d.wait_log("vm-ended", 1);
     d.wait_ready(1);
@@ -167,12 +167,14 @@ fn a_flood_of_one_user_leaves_room_for_others() {
     std::fs::set_permissions(&d.dir.0, std::fs::Permissions::from_mode(0o755)).unwrap();
     let fds = || std::fs::read_dir(format!("/proc/{}/fd", d.pid())).unwrap().count();
     let before = fds();
-    // Opens 700, and tells how many were ended at once.
+    // Opens 700, and tells how many are ended, once these are enough.
     let script = "use Socket; $| = 1; my @all; for (1..700) { my $s; \
                   socket($s, AF_UNIX, SOCK_STREAM, 0); connect($s, sockaddr_un($ARGV[0])) or die; \
-                  push @all, $s } sleep 1; my $n = 0; for my $s (@all) { my ($b, $r); \
+                  push @all, $s } sub ended { my $n = 0; for my $s (@all) { my ($b, $r); \
                   do { $r = recv($s, $b, 4096, MSG_DONTWAIT) } while (defined $r and length($b)); \
-                  $n++ if defined $r } print \"$n\\n\"; <STDIN>";
+                  $n++ if defined $r } $n } \
+                  for (1..100) { last if ended() >= 188; sleep 1 } sleep 1; \
+                  print ended(), \"\\n\"; <STDIN>";
     use std::os::unix::process::CommandExt;
     let mut flood = std::process::Command::new("perl")
         .args(["-e", script])
@@ -186,8 +188,10 @@ fn a_flood_of_one_user_leaves_room_for_others() {
     let out = flood.stdout.take().unwrap();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
     assert_eq!(line.trim(), "188", "{}", d.log());
-    assert!(fds() <= before + 512 + 8, "{} fds, {before} before", fds());
-    assert_eq!(d.log_lines("connections-shut").len(), 1);
+    wait_for("their fds' end", || fds() <= before + 512 + 8);
+    // Not for each of them.
+    let told = d.log_lines("connections-shut").len();
+    assert!((1..20).contains(&told), "{told} times{}", d.log());
     assert_eq!(d.ok(&["run", "--", "echo", "served"]), "served\n");
     flood.kill().unwrap();
     flood.wait().unwrap();

@@ -9,13 +9,16 @@ use nix::unistd::Pid;
 use crate::daemon::{
     assert_nothing_left, directories, qemus, wait_child, wait_for, Daemon, Dir, Options,
 };
+use crate::faults::held;
 use crate::require_qemu;
 
 #[test]
 fn a_client_killed_while_it_waits_takes_nothing() {
     let prepared = require_qemu!();
-    let daemon = Daemon::launch(&Options::pool(&prepared, 1), Dir::new());
-    // All at once: they have to be gone before the first VM has booted.
+    let (mut options, dir) = (Options::pool(&prepared, 1), Dir::new());
+    let switch = held(&mut options, &dir);
+    let daemon = Daemon::launch(&options, dir);
+    // They are gone before the first VM boots.
     let get = || daemon.command(&["get"]).stdout(Stdio::null()).spawn().unwrap();
     let mut children: Vec<_> = (0..5).map(|_| get()).collect();
     wait_for("five claims in line", || daemon.status()["pool"]["waiting"] == 5);
@@ -24,6 +27,7 @@ fn a_client_killed_while_it_waits_takes_nothing() {
         wait_child(child);
     }
     wait_for("an empty line", || daemon.status()["pool"]["waiting"] == 0);
+    std::fs::write(switch, "").unwrap();
     daemon.wait_ready(1);
     let status = daemon.status();
     assert_eq!(status["counters"]["boots"], 1, "{status}");

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use crate::daemon::{assert_nothing_left, directories, qemus, text, vmcache, Daemon, Dir, Options};
+use crate::daemon::{
+    assert_nothing_left, directories, qemus, text, vmcache, wait_for, Daemon, Dir, Options,
+};
 use crate::require_qemu;
 
 /// Runs a server that must refuse to start.
@@ -17,6 +19,26 @@ fn refused(dir: &Dir, options: &Options) -> Output {
 
 fn serve(config: &Path, more: &[&str]) -> Output {
     vmcache(config).args(["serve", "--log", "stderr"]).args(more).output().unwrap()
+}
+
+/// Puts the real QEMU behind a switch: until that file is there, each does this before all
+/// else.
+fn switched(options: &mut Options, dir: &Dir, first: &str) -> PathBuf {
+    let (switch, script) = (dir.0.join("on"), dir.0.join("qemu"));
+    let body = format!(
+        "#!/bin/sh\nuntil [ -e {} ]; do {first}; done\nexec {} \"$@\"\n",
+        switch.display(),
+        options.qemu
+    );
+    fs::write(&script, body).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    options.qemu = script.display().to_string();
+    switch
+}
+
+/// QEMUs wait until this file is there: what is to come before the first VM does.
+pub fn held(options: &mut Options, dir: &Dir) -> PathBuf {
+    switched(options, dir, "sleep 0.1")
 }
 
 fn assert_error(out: &Output, code: i32, words: &[&str]) {
@@ -89,22 +111,13 @@ fn a_qemu_that_exits_at_once_is_tried_again_until_it_works() {
     let prepared = require_qemu!();
     let dir = Dir::new();
     let mut options = Options::pool(&prepared, 1);
-    // A real QEMU behind a switch: it complains and exits until the file is there.
-    let (switch, script) = (dir.0.join("on"), dir.0.join("qemu"));
-    let body = format!(
-        "#!/bin/sh\n[ -e {} ] || {{ echo 'no luck today' >&2; exit 1; }}\nexec {} \"$@\"\n",
-        switch.display(),
-        options.qemu
-    );
-    fs::write(&script, body).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    options.qemu = script.display().to_string();
+    let switch = switched(&mut options, &dir, "echo 'no luck today' >&2; exit 1");
     let daemon = Daemon::launch(&options, dir);
     daemon.wait_log("boot-failed", 3);
     let error = daemon.status()["last_error"].as_str().unwrap().to_string();
     assert!(error.contains("QEMU's monitor did not answer"), "{error}");
     assert!(error.contains("QEMU ended by itself, it wrote: no luck today"), "{error}");
-    assert_eq!(directories(&daemon.store()).len(), 0, "{}", daemon.log());
+    wait_for("the end of a try", || directories(&daemon.store()).is_empty());
     fs::write(&switch, "").unwrap();
     daemon.wait_ready(1);
     assert_eq!(daemon.ok(&["run", "--", "echo", "healed"]), "healed\n");

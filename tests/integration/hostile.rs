@@ -128,5 +128,7 @@ fn many_claims_of_one_user_make_only_that_user_wait() {
         let _ = child.kill();
         wait_child(&mut child);
     }
+    // What they had leased goes with them; this server is who ends it.
+    wait_for("their VMs' end", || !daemon.status()["vms"].to_string().contains("handed"));
     assert_nothing_left(&daemon.quit().0);
 }

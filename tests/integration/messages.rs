@@ -68,7 +68,9 @@ fn a_claim_is_a_story_in_the_newer_form_and_a_reload_says_how_much() {
     let uid = format!("uid=\"{}\"", nix::unistd::getuid());
     assert!(claimed.contains(" pid=\"") && claimed.contains(&uid), "{claimed}");
     assert!(story[story.len() - 1].contains(&format!("vm=\"{id}\"")), "{story:#?}");
-    until("vm-ready", next);
+    if !story.iter().any(|m| m.contains(" vm-ready ")) {
+        until("vm-ready", next);
+    }
 
     options.more_ours.push_str("log_level = \"error\"\n");
     fs::write(dir.0.join("c.toml"), options.text(&dir.0)).unwrap();

