@@ -47,16 +47,13 @@ pub fn memory_pressure() -> Option<f64> {
 }
 
 /// What the host has again when a process ends, MiB: in pages of the usual size, and in
-/// huge ones. Not what it shares with others, nor what files in memory keep; less than
-/// all where this user may not know.
-pub fn freed_with_mib(pid: i32) -> (u64, u64) {
-    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
-    if let Ok(text) = rollup {
-        let of = |key| kib(&text, key) / 1024;
-        return (of("Private_Dirty:"), of("Private_Hugetlb:"));
-    }
+/// huge ones; 0 for one that is gone. Of files in memory that it has mapped nothing comes
+/// back if they stay (`files_stay`), as a template's does.
+pub fn freed_with_mib(pid: i32, files_stay: bool) -> (u64, u64) {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    (kib(&status, "RssAnon:") / 1024, 0)
+    let of = |key| kib(&status, key) / 1024;
+    let files = if files_stay { 0 } else { of("RssShmem:") };
+    (of("RssAnon:") + files, of("HugetlbPages:"))
 }
 
 /// Memory of this process that is in memory, bytes; 0 where /proc does not tell.
@@ -90,14 +87,14 @@ mod tests {
     #[test]
     fn what_a_process_has_alone_ends_with_it() {
         let own = std::process::id() as i32;
-        let (before, huge) = super::freed_with_mib(own);
+        let (before, huge) = super::freed_with_mib(own, true);
         let much = std::hint::black_box(vec![1_u8; 64 << 20]);
-        let after = super::freed_with_mib(own).0;
+        let after = super::freed_with_mib(own, true).0;
         // Others of these tests come and go in this process.
         assert!(after >= before + 48, "{before} and {after} MiB with {} bytes more", much.len());
         assert_eq!(huge, 0);
         // Nobody's.
-        assert_eq!(super::freed_with_mib(i32::MAX), (0, 0));
+        assert_eq!(super::freed_with_mib(i32::MAX, false), (0, 0));
     }
 
     #[test]

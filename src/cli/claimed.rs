@@ -12,7 +12,7 @@ use super::output::{age, harmless, table, Failure, FAILED};
 use super::{optional_config, Outcome};
 use crate::agent::ListFormat;
 use crate::config::options::{find, Fallback, OURS};
-use crate::factory::grpccache::GrpcCache;
+use crate::factory::grpccache::{Error, GrpcCache};
 use crate::report::chain;
 use crate::sys::process::{start_time, state};
 use crate::vm::ledger::{Ledger, State};
@@ -203,10 +203,14 @@ fn end(mut vm: Vm) -> Result<(), (bool, String)> {
         let endpoint = vm.ledger().endpoint.clone();
         vm.let_go();
         let asked = GrpcCache::connect(Path::new(&endpoint)).and_then(|s| s.release(&id));
-        return asked.map_err(|e| {
-            let text = "only its server can end it: ask again when that runs";
-            (false, format!("VM {id} goes on: {}; {text}", chain(&e)))
-        });
+        return match asked {
+            // Another may have ended it, or this call, the first time that it was made.
+            Ok(()) | Err(Error::Gone { .. }) => Ok(()),
+            Err(e) => {
+                let text = "only its server can end it: ask again when that runs";
+                Err((false, format!("VM {id} goes on: {}; {text}", chain(&e))))
+            }
+        };
     }
     if !holds_disks(&vm) {
         vm.destroy();

@@ -129,10 +129,14 @@ impl GrpcCache {
                     Error::Gone { endpoint, text: status.message().to_string() }
                 }
                 RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { endpoint, call },
-                // A server that is ending cancels what comes too late for it.
-                RpcStatusCode::UNAVAILABLE | RpcStatusCode::CANCELLED => {
+                RpcStatusCode::UNAVAILABLE => {
                     Error::Stopping { endpoint, text: status.message().to_string() }
                 }
+                // A server that is ending cancels what comes too late for it.
+                RpcStatusCode::CANCELLED => Error::Stopping {
+                    endpoint,
+                    text: format!("it ended and left {call} unanswered"),
+                },
                 code => {
                     let text = format!("{} ({code})", status.message());
                     Error::Call { endpoint, call, text }

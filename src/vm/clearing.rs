@@ -62,16 +62,16 @@ pub fn remove(path: &Path) -> io::Result<()> {
                     let up = CString::new(format!(".moved-{moved}"))?;
                     moved += 1;
                     // One of that name may be left of an earlier try.
-                    if fstatat(&top, up.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
-                        == Err(Errno::ENOENT)
+                    if there(fstatat(&top, up.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW))?.is_some()
                     {
-                        match renameat(&inner, below.as_c_str(), &top, up.as_c_str()) {
-                            // There is one now.
-                            Err(Errno::ENOTEMPTY | Errno::EEXIST) => continue,
-                            done => there(done)?,
-                        };
-                        break;
+                        continue;
                     }
+                    match renameat(&inner, below.as_c_str(), &top, up.as_c_str()) {
+                        // There is one now.
+                        Err(Errno::ENOTEMPTY | Errno::EEXIST) => continue,
+                        done => drop(there(done)?),
+                    }
+                    break;
                 }
             }
             match unlinkat(&top, name.as_c_str(), UnlinkatFlags::RemoveDir) {

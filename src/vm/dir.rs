@@ -20,7 +20,7 @@ use nix::unistd::geteuid;
 use super::clearing;
 use crate::confine::cgroup;
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
-use crate::sys::process::start_time;
+use crate::sys::process::{start_time, state};
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
@@ -155,7 +155,7 @@ pub fn forsaken(store: &Path) -> Vec<PathBuf> {
     let gone = |name: &str| {
         let mut words = name.strip_prefix(NEW)?.splitn(3, '-');
         let (pid, since) = (words.next()?.parse().ok()?, words.next()?.parse::<u64>().ok()?);
-        Some(start_time(pid) != Some(since))
+        Some(start_time(pid) != Some(since) || state(pid) == Some('Z'))
     };
     let names = entries.filter(|e| e.file_name().to_str().and_then(gone) == Some(true));
     names.map(|e| e.path()).collect()
@@ -254,12 +254,12 @@ impl Drop for VmDir {
             log::warn!("remove the cgroup of the VM directory {}: {e}", self.path.display());
             return remember(&self.path);
         }
-        let removed = clearing::remove(&self.path);
-        let more = self.more.as_ref().map_or(Ok(()), |more| clearing::remove(more));
-        if let Err(e) = removed.and(more).or_else(gone).or_else(|e| self.servers(e)) {
-            // Of one that holds very many files, some are gone; the rest is the next try's.
-            log::warn!("remove the VM directory {}: {e}", self.path.display());
-            remember(&self.path);
+        for path in [&self.path].into_iter().chain(&self.more) {
+            if let Err(e) = clearing::remove(path).or_else(gone).or_else(|e| self.servers(e)) {
+                // Of one that holds very many files, some are gone; the rest is the next try's.
+                log::warn!("remove the VM directory {}: {e}", path.display());
+                remember(path);
+            }
         }
     }
 }

@@ -4,9 +4,11 @@
 use std::fs;
 use std::io::Read;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use vmcache::factory::grpccache::GrpcCache;
 
 use crate::daemon::{assert_nothing_left, qemus, text, wait_child, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
@@ -121,6 +123,35 @@ fn a_restart_in_place_loses_no_vm_and_no_claim() {
     assert_eq!(daemon.log_lines("server-restarting").len(), 2);
     daemon.ok(&["stop", &taken[0], &taken[1], &taken[2]]);
     daemon.wait_log("vm-ended", 4);
+    assert_nothing_left(&daemon.quit().0);
+}
+
+/// A call that reaches a server in the moment of its end is asked again of the next one.
+#[test]
+fn calls_made_while_a_server_restarts_are_all_answered() {
+    let prepared = require_qemu!();
+    let daemon = Daemon::start(&Options::pool(&prepared, 1));
+    let (socket, done) = (daemon.socket(), AtomicBool::new(false));
+    let asked = std::thread::scope(|scope| {
+        let asks = scope.spawn(|| {
+            let mut asked = 0;
+            while !done.load(Ordering::SeqCst) {
+                let answer = GrpcCache::connect(&socket).and_then(|s| s.fetch_details());
+                asked += 1;
+                if let Err(e) = answer {
+                    return Err(format!("call {asked}: {e}"));
+                }
+            }
+            Ok(asked)
+        });
+        for n in 2..10 {
+            daemon.signal(Signal::SIGUSR2);
+            daemon.wait_log("server-started", n);
+        }
+        done.store(true, Ordering::SeqCst);
+        asks.join().unwrap()
+    });
+    assert!(asked.as_ref().is_ok_and(|n| *n > 20), "{asked:?}{}", daemon.log());
     assert_nothing_left(&daemon.quit().0);
 }
 

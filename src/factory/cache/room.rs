@@ -10,6 +10,7 @@ use crate::config::options::QEMU;
 use crate::config::{Config, QEMU_MIB};
 use crate::events::event;
 use crate::host;
+use crate::vm::Vm;
 
 /// Between two looks while there is none.
 pub const LOOK: Duration = Duration::from_secs(1);
@@ -53,12 +54,13 @@ impl Room {
         self.short.is_none()
     }
 
-    /// How many of these QEMUs, the first of them first, have to end so that there is room for
+    /// How many of these VMs, the first of them first, have to end so that there is room for
     /// one more; `None` where all of them would not do.
-    pub fn without(&self, qemus: &[i32]) -> Option<usize> {
+    pub fn without(&self, vms: &[&Vm]) -> Option<usize> {
         let mut more = (0, 0);
-        let enough = qemus.iter().position(|pid| {
-            let (usual, huge) = host::freed_with_mib(*pid);
+        let enough = vms.iter().position(|vm| {
+            // A clone's template stays.
+            let (usual, huge) = host::freed_with_mib(vm.pid(), vm.source() == "template");
             more = (more.0 + usual, more.1 + huge);
             self.why_not(0, more).is_none()
         });

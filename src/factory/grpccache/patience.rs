@@ -32,20 +32,23 @@ impl GrpcCache {
         let mut tries = 0;
         while let Err(Error::Stopping { text, .. }) = &answer {
             let final_word = [STOPPING, DRAINED].contains(&text.as_str());
-            let left = within.map(|w| w.saturating_sub(since.elapsed()));
-            if final_word || left == Some(Duration::ZERO) {
+            if final_word {
                 break;
             }
-            if text == RESTARTING {
-                let _ = after(AGAIN).recv();
-            } else {
+            let pause = match text == RESTARTING {
+                true => AGAIN,
                 // A server may be going, or may not want this client.
-                if !broken || tries == MOST_TRIES {
-                    break;
+                false if !broken || tries == MOST_TRIES => break,
+                false => {
+                    tries += 1;
+                    FIRST_PAUSE * (1 << (tries - 1))
                 }
-                let _ = after(FIRST_PAUSE * (1 << tries)).recv();
-                tries += 1;
+            };
+            let left = within.map(|w| w.saturating_sub(since.elapsed() + pause));
+            if left == Some(Duration::ZERO) {
+                break;
             }
+            let _ = after(pause).recv();
             // Its socket has stayed: who connects waits for the next one to accept.
             let again = GrpcCache::connect(&self.endpoint)?;
             let again = GrpcCache { lease: self.lease, ..again };

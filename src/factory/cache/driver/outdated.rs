@@ -25,26 +25,28 @@ impl Driver {
 
     /// There is no room for a new VM: as many older ones make room as that takes, for one
     /// new one at a time, and not while new ones fail. Where it would take more than there
-    /// are, or than [`MOST_FOR_ONE`], they stay: an older VM is better than none. Whether any
-    /// did.
+    /// are, or than [`MOST_FOR_ONE`], they stay: an older VM is better than none. The last of
+    /// several stays until a new one has come up. Whether any did.
     pub(super) fn give_way(&mut self) -> bool {
         if self.outdated.is_empty() || !self.booting.is_empty() || self.policy.failures() > 0 {
             return false;
         }
-        let ready = self.pool.board.ready().into_iter().map(|(pid, ..)| pid);
-        let older: Vec<i32> =
-            ready.filter(|pid| self.outdated.contains(pid)).take(MOST_FOR_ONE).collect();
-        let going = &older[..self.room.without(&older).unwrap_or(0)];
-        if going.is_empty() {
-            return false;
-        }
-        for ready in self.pool.ready.try_iter().collect::<Vec<_>>() {
-            match going.contains(&ready.vm.pid()) {
-                true => self.retire(*ready),
-                false => self.publish(ready),
-            }
-        }
-        true
+        let all: Vec<_> = self.pool.ready.try_iter().collect();
+        let most = match self.pool.board.facts().counters.boots {
+            0 => MOST_FOR_ONE.min(all.len().saturating_sub(1).max(1)),
+            _ => MOST_FOR_ONE,
+        };
+        let older = all.iter().map(|ready| &ready.vm);
+        let older: Vec<_> =
+            older.filter(|vm| self.outdated.contains(&vm.pid())).take(most).collect();
+        let enough = self.room.without(&older).unwrap_or(0);
+        let going: Vec<i32> = older[..enough].iter().map(|vm| vm.pid()).collect();
+        let (going, staying): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|ready| going.contains(&ready.vm.pid()));
+        // Claims find those while these end.
+        staying.into_iter().for_each(|ready| self.publish(ready));
+        going.into_iter().for_each(|ready| self.retire(*ready));
+        enough > 0
     }
 
     /// Ends a VM that stands ready.
