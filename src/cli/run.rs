@@ -108,7 +108,8 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     let (mut guest, server) = match r.cold {
         true => (cold(common, r, &wanted, &session)?, None),
         false => {
-            claim(common, r, &wanted, &session).map(|(guest, server)| (guest, Some(server)))?
+            let (guest, server) = claim(common, r, &wanted, &session)?;
+            (guest, Some(server))
         }
     };
     if let Some(why) = guest.fallback() {
@@ -131,7 +132,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     };
     // A command may take days, and needs no connection; its VM has to be there until the
     // server knows what it was told of it.
-    let told = Worker::spawn("vmc-told", move || drop(server));
+    let told = server.map(|server| Worker::spawn("vmc-told", move || drop(server)));
     let ended = session.attach(&running, terminal, timeout)?;
     if r.keep {
         session.release();
@@ -146,7 +147,9 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
             kept(&connect(common)?, &id)?;
         }
     } else {
-        let _ = told.map(|told| told.done().recv());
+        if let Some(Ok(told)) = told {
+            let _ = told.done().recv();
+        }
         // A guest that does not answer is not waited for a second time.
         guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
     }

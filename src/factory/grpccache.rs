@@ -43,7 +43,8 @@ enum Lease {
     UntilKept,
 }
 
-/// A connection to a server.
+/// A connection to a server. Dropped, it goes when what it told has arrived, or five
+/// seconds later.
 pub struct GrpcCache {
     // First, so that the channel outlives it.
     telling: Telling,
@@ -135,7 +136,7 @@ impl GrpcCache {
                 // A server that is ending cancels what comes too late for it.
                 RpcStatusCode::CANCELLED => Error::Stopping {
                     endpoint,
-                    text: format!("it ended and left {call} unanswered"),
+                    text: format!("it ended and left {call} unanswered: ask again"),
                 },
                 code => {
                     let text = format!("{} ({code})", status.message());

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Read;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
@@ -197,7 +198,7 @@ fn a_stop_during_a_restart_is_a_stop() {
         let mut daemon = Daemon::launch(&Options::pool(&prepared, 1), dir);
         daemon.wait_ready(1);
         daemon.signal(Signal::SIGUSR2);
-        std::thread::sleep(std::time::Duration::from_millis(pause));
+        std::thread::sleep(Duration::from_millis(pause));
         daemon.signal(Signal::SIGTERM);
         let status = daemon.wait();
         assert!(status.success(), "{pause} ms: {status}{}", daemon.log());
@@ -326,8 +327,10 @@ fn a_stuck_thread_is_named_while_it_is() {
     let daemon = Daemon::launch_with(&Options::pool(&prepared, 1), dir, &environment);
     daemon.wait_ready(1);
     fs::write(&file, "").unwrap();
+    let since = Instant::now();
     let mut waits = daemon.command(&["status"]).stdout(Stdio::null()).spawn().unwrap();
     daemon.wait_log("stuck: thread vmc-accept has been at admitting a connection for ", 1);
+    assert!(since.elapsed() >= Duration::from_secs(5), "{:?}", since.elapsed());
     fs::remove_file(&file).unwrap();
     // Served, or told that it took too long.
     wait_child(&mut waits);

@@ -113,6 +113,7 @@ fn a_clones_clock_is_right_after_a_minutes_pause() {
     d.wait_rest(3);
     std::thread::sleep(Duration::from_secs(60));
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let mut exact = false;
     for _ in 0..3 {
         // It reads its clock when it is told to. Of busybox, the one that shows
         // microseconds.
@@ -139,7 +140,9 @@ fn a_clones_clock_is_right_after_a_minutes_pause() {
             guest > before - 5.0 && guest < after.unwrap() + 0.1,
             "guest {guest}, host {before} to {after:?}"
         );
+        exact |= guest > before - 0.1;
     }
+    assert!(exact, "all three were behind by more than a tenth of a second");
     assert_nothing_left(&d.quit().0);
 }
 

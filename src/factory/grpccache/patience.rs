@@ -31,15 +31,12 @@ impl GrpcCache {
         let mut answer = ask(self, since, within);
         let mut tries = 0;
         while let Err(Error::Stopping { text, .. }) = &answer {
-            let final_word = [STOPPING, DRAINED].contains(&text.as_str());
-            if final_word {
-                break;
-            }
-            let pause = match text == RESTARTING {
-                true => AGAIN,
+            let pause = match text.as_str() {
+                STOPPING | DRAINED => break,
+                RESTARTING => AGAIN,
                 // A server may be going, or may not want this client.
-                false if !broken || tries == MOST_TRIES => break,
-                false => {
+                _ if !broken || tries == MOST_TRIES => break,
+                _ => {
                     tries += 1;
                     FIRST_PAUSE * (1 << (tries - 1))
                 }
