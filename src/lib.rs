@@ -112,6 +112,8 @@ pub mod stuck;
 #[cfg(feature = "host")]
 pub mod vm;
 #[cfg(feature = "host")]
+pub mod walls;
+#[cfg(feature = "host")]
 pub mod worker;
 #[cfg(feature = "host")]
 pub mod workload;

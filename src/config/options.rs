@@ -64,7 +64,7 @@ pub const RUNTIME: &str = "runtime";
 pub const OURS: &str = "vmcache";
 
 /// Options that this version acts on.
-pub static OPTIONS: [Opt; 65] = [
+pub static OPTIONS: [Opt; 76] = [
     opt(QEMU, "path", Text("/usr/bin/qemu-system-x86_64"), "QEMU's executable"),
     opt(QEMU, "kernel", Text("/usr/share/kata-containers/vmlinuz.container"), "the guest's kernel"),
     opt(QEMU, "initrd", Text(""), "the guest's initramfs, with an agent as its init"),
@@ -201,8 +201,15 @@ pub static OPTIONS: [Opt; 65] = [
         OURS,
         "user",
         Text(""),
-        "who QEMU runs as: a user, or a range of numbers such as \"200000-265535\", of which each \
-         VM has one of its own; empty: the server's user",
+        "who QEMU runs as: a range of numbers such as \"1900000000-1900065535\", of which each VM \
+         has one of its own; one user, for a server without a pool; or \"root\". Empty: a range \
+         that the server finds free when it is root, else the server's own user",
+    ),
+    opt(
+        OURS,
+        "nested",
+        Flag(false),
+        "guests see the processor's own virtualisation (vmx, svm), and can run VMs",
     ),
     opt(
         OURS,
@@ -237,6 +244,59 @@ pub static OPTIONS: [Opt; 65] = [
          whoever may connect",
     ),
     opt(OURS, "claim_groups", List(&[]), "groups whose members may claim VMs"),
+    opt(
+        OURS,
+        "kata_calls",
+        Flag(true),
+        "serve Kata's clients: GetBaseVM, and a SCSI controller in each VM, on which they plug \
+         disks. false: GetBaseVM is refused, and VMs have no such controller",
+    ),
+    opt(OURS, "user_max_vms", Number(64), "VMs that a user but root may have at a time; 0: any"),
+    opt(
+        OURS,
+        "user_max_memory",
+        Number(0),
+        "memory of the VMs that a user but root may have at a time, MiB; 0: half of the host's",
+    ),
+    opt(
+        OURS,
+        "user_unconfirmed_per_minute",
+        Number(12),
+        "claims a minute that a user but root may leave unconfirmed, each of which costs a VM; \
+         0: any",
+    ),
+    opt(
+        OURS,
+        "lift_memory_limit",
+        Flag(false),
+        "the memory limit of a VM that a user but root claims by GetBaseVM is lifted, as root's \
+         is: Kata's clients grow their VMs without a word",
+    ),
+    opt(
+        OURS,
+        "user_max_connections",
+        Number(256),
+        "connections that a user who may claim, but root, can have open",
+    ),
+    opt(OURS, "max_connections", Number(1024), "connections of all users who may claim, but root"),
+    opt(
+        OURS,
+        "stranger_max_connections",
+        Number(8),
+        "connections that a user who may not claim can have open",
+    ),
+    opt(
+        OURS,
+        "strangers_max_connections",
+        Number(64),
+        "connections of all users who may not claim",
+    ),
+    opt(
+        OURS,
+        "stranger_max_streams",
+        Number(16),
+        "calls at a time on a connection of a user who may not claim",
+    ),
     opt(OURS, "socket_mode", Text("0600"), "permissions of the server's socket, octal"),
     opt(OURS, "socket_group", Text(""), "group of the server's socket"),
     opt(
