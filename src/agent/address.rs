@@ -13,8 +13,10 @@ use crate::transport::{self, hybrid_vsock, serial, socket, vsock, AGENT_PORT};
 const NOOP: &str = "noop:";
 /// Where a proxy listens, in its VM's directory.
 pub const PROXY_SOCKET: &str = "proxy.sock";
+/// In a VM's directory, where who carries its vsock makes sockets.
+pub const VSOCK_DIR: &str = "vsock";
 /// Where vsock in user space listens for the host's side, in its VM's directory.
-pub const HYBRID_SOCKET: &str = "vsock.sock";
+pub const HYBRID_SOCKET: &str = "vsock/vsock.sock";
 
 /// An agent's address.
 #[derive(Clone, Debug, PartialEq, Eq)]

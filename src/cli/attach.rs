@@ -5,9 +5,10 @@
 
 use std::path::Path;
 
-use super::args::Run;
+use super::args::{Common, Run};
+use super::optional_config;
 use super::output::{Failure, USAGE};
-use crate::vm::attach::{Disk, Nic};
+use crate::vm::attach::{Disk, Network, Nic};
 use crate::workload::{Guest, Place};
 
 /// Disks and network cards, open.
@@ -18,7 +19,7 @@ pub struct Attachments {
 
 impl Attachments {
     /// Opens what the options name.
-    pub fn open(r: &Run) -> Result<Attachments, Failure> {
+    pub fn open(common: &Common, r: &Run) -> Result<Attachments, Failure> {
         let a = &r.attach;
         let usage = |e: &dyn std::error::Error| Failure::of(USAGE, e);
         let place = match &a.mount {
@@ -38,7 +39,12 @@ impl Attachments {
         }
         let disk = a.image.clone().map(|i| i.format(a.image_format).open());
         let disk = disk.transpose().map_err(|e| usage(&e))?.map(|disk| (disk, place));
-        let nics = a.net.iter().map(|n| n.open()).collect::<Result<_, _>>();
+        let config = optional_config(common)?;
+        let own = |n: &Network| match &config {
+            Some(config) => n.clone().with_qemu(config.qemu()),
+            None => n.clone(),
+        };
+        let nics = a.net.iter().map(|n| own(n).open()).collect::<Result<_, _>>();
         Ok(Attachments { disk, nics: nics.map_err(|e| usage(&e))? })
     }
 
@@ -47,10 +53,11 @@ impl Attachments {
         matches!(self.disk, Some((_, Place::Root)))
     }
 
-    /// Gives them to a guest, which must be destroyed when that fails.
-    pub fn attach(&self, guest: &mut Guest) -> Result<(), Failure> {
+    /// Gives them to a guest, which must be destroyed when that fails; `leased`, it ends with
+    /// this process.
+    pub fn attach(&self, guest: &mut Guest, leased: bool) -> Result<(), Failure> {
         for nic in &self.nics {
-            guest.attach_nic(nic)?;
+            guest.attach_nic(nic, leased)?;
         }
         if let Some((disk, place)) = &self.disk {
             guest.attach_disk(disk, place.clone())?;

@@ -32,8 +32,17 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
     match command {
         ConfigCommand::Check => {
             config.check_files()?;
+            // Whether users are to be had is for who can give them.
+            let users = match nix::unistd::geteuid().is_root() {
+                true => config.check_user()?,
+                false => Vec::new(),
+            };
+            for line in &users {
+                eprintln!("vmcache: warning: {line}");
+            }
+            let warnings = config.warnings.len() + users.len();
             let files: Vec<_> = config.files.iter().map(|f| f.display().to_string()).collect();
-            println!("{}: good, {} warnings", files.join(", "), config.warnings.len());
+            println!("{}: good, {warnings} warnings", files.join(", "));
         }
         ConfigCommand::Import { .. } | ConfigCommand::Sample => {}
         ConfigCommand::Show { .. } => print!("{}", show(&config)),

@@ -103,7 +103,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         check_root(root)?;
     }
     let session = Session::start()?;
-    let attachments = Attachments::open(r)?;
+    let attachments = Attachments::open(common, r)?;
     let wanted = r.size.within(r.wait);
     let (mut guest, server) = match r.cold {
         true => (cold(common, r, &wanted, &session)?, None),
@@ -115,7 +115,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     if let Some(why) = guest.fallback() {
         eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
     }
-    attachments.attach(&mut guest)?;
+    attachments.attach(&mut guest, !r.keep)?;
     let timeout = r.process.timeout.map(Duration::from_secs);
     let running = match &r.rootfs {
         Some(root) if shared(common, &mut guest, root, !r.keep)? => {

@@ -15,8 +15,8 @@ use crate::agent::Kind;
 use crate::vm::config::import::contradiction;
 use crate::vm::VmConfig;
 
-/// Longest name of a file in a VM's directory, `<uuid>/agent.3.sock`, with slashes.
-const VM_FILES: usize = 51;
+/// Longest name of a socket in a VM's directory, `/<uuid>/vsock/vsock.sock`.
+const VM_FILES: usize = 54;
 /// Least memory that a guest is given, MiB.
 const MIN_MEMORY: u64 = 64;
 
@@ -213,6 +213,14 @@ impl Config {
             }
             _ => {}
         }
+        let features = self.text(QEMU, "cpu_features");
+        let virtualises =
+            |f: &str| ["vmx", "svm"].iter().any(|n| f == *n || f == format!("{n}=on"));
+        if !self.flag(OURS, "nested") && features.split(',').any(|f| virtualises(f.trim())) {
+            let why = "gives guests the processor's own virtualisation: set nested = true in \
+                       [vmcache], too, if that is what is wanted";
+            return Err(self.wrong(QEMU, "cpu_features", why));
+        }
         if !["kata-1", "kata-3"].contains(&self.text(OURS, "wire")) {
             return Err(self.wrong(OURS, "wire", "must be \"kata-1\" or \"kata-3\""));
         }
@@ -275,7 +283,8 @@ impl Config {
         let huge = self.flag(QEMU, "enable_hugepages");
         // Clones share what they have not written, which is most.
         let (each, once) = match self.flag(FACTORY, "enable_template") {
-            true => (QEMU_MIB, guest),
+            // In its directory, and sealed, for clones to map.
+            true => (QEMU_MIB, 2 * guest),
             false if huge => (QEMU_MIB, 0),
             false => (guest + QEMU_MIB, 0),
         };

@@ -3,10 +3,12 @@
 //!
 //! Others who may connect can look (Config, Status), and no more. Whoever has a VM has
 //! QEMU's monitor, and so can do what QEMU's user can: VMs go to others than root and
-//! the server's own user only where QEMU runs as a user of no other rights (`user`).
+//! the server's own user only where QEMU runs as a user of no other rights, as it does when
+//! the server is root and `user` says nothing else.
 
 use nix::unistd::{geteuid, Group, User};
 
+use super::user::Whose;
 use crate::config::options::OURS;
 use crate::config::Config;
 
@@ -31,8 +33,9 @@ impl Admission {
         let users = found(config, "claim_users", "user", user)?;
         let groups = found(config, "claim_groups", "group", group)?;
         let anybody = users.is_empty() && groups.is_empty();
+        let whose = Whose::of(config).map_err(|why| ("user", why))?;
         // A guest's root writes what it likes into a shared directory, as the host's.
-        let given = !config.text(OURS, "user").is_empty() && !config.shares_virtiofs();
+        let given = whose.can_be_given() && !config.shares_virtiofs();
         Ok(Admission { anybody, given, users, groups })
     }
 
@@ -79,8 +82,8 @@ mod tests {
         {
             assert_eq!(some.allows(uid, &[5, group]), may, "{uid} {group}");
         }
-        let shared = Config::parse("c".as_ref(), "").unwrap();
-        assert!(!Admission::of(&shared).unwrap().allows(9, &[]), "QEMU is the server's");
+        let root = Config::parse("c".as_ref(), "[vmcache]\nuser = \"root\"\n").unwrap();
+        assert!(!Admission::of(&root).unwrap().allows(9, &[]), "QEMU is root");
         let (key, why) = Admission::of(&config("claim_groups = [\"no such\"]")).unwrap_err();
         assert_eq!((key, why.as_str()), ("claim_groups", "this host has no group \"no such\""));
     }

@@ -58,6 +58,12 @@ pub fn of_qemu(config: &Config) -> Option<u64> {
     able.unwrap_or(false).then_some(kept)
 }
 
+/// That a process keeps none; `None` when this one could not take them away.
+pub fn none() -> Option<u64> {
+    let able = caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP);
+    able.unwrap_or(false).then_some(0)
+}
+
 /// This process keeps what a server needs. Before it has threads, which keep theirs.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use super::user::Whose;
 use crate::config::options::OURS;
 use crate::config::Config;
 use crate::digest::sha256;
@@ -27,7 +28,11 @@ static KNOWN: Mutex<Option<HashMap<PathBuf, (Stamp, String)>>> = Mutex::new(None
 /// # Errors
 /// The option that names it, and a sentence with path and remedy.
 pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
-    let others = !config.text(OURS, "user").is_empty();
+    let others = !matches!(Whose::of(config), Ok(Whose::Server | Whose::Root));
+    if others {
+        let path = config.qemu();
+        executable(&path).map_err(|why| ("path", format!("{}: {why}", path.display())))?;
+    }
     for (name, path, key) in
         [("kernel", config.kernel(), "kernel_sha256"), ("initrd", config.initrd(), "initrd_sha256")]
     {
@@ -38,17 +43,28 @@ pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
     Ok(())
 }
 
-/// Whether a user who has no rights can read it.
+/// Whether a user who has no rights can read it, to whom it is given open.
 fn readable(path: &Path) -> io::Result<()> {
+    match fs::metadata(path)?.mode() & 0o004 {
+        0 => Err(io::Error::other("a VM's user can not read it: `chmod o+r` it")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a user who has no rights can execute it.
+///
+/// # Errors
+/// With the remedy.
+pub fn executable(path: &Path) -> io::Result<()> {
     let path = fs::canonicalize(path)?;
-    let closed = |p: &Path, bit: u32| Ok::<_, io::Error>(fs::metadata(p)?.mode() & bit == 0);
-    if closed(&path, 0o004)? {
-        return Err(io::Error::other("QEMU's `user` can not read it: `chmod o+r` it"));
+    let closed = |p: &Path| Ok::<_, io::Error>(fs::metadata(p)?.mode() & 0o001 == 0);
+    if closed(&path)? {
+        return Err(io::Error::other("a VM's user can not execute it: `chmod o+rx` it"));
     }
     for above in path.ancestors().skip(1) {
-        if closed(above, 0o001)? {
+        if closed(above)? {
             let text = format!(
-                "QEMU's `user` can not reach it: `chmod o+x {}`, or put it elsewhere",
+                "a VM's user can not reach it: `chmod o+x {}`, or put it elsewhere",
                 above.display()
             );
             return Err(io::Error::other(text));

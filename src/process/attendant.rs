@@ -25,6 +25,8 @@ pub enum Role {
     Vsock,
     /// Serves a directory to a guest.
     Virtiofsd,
+    /// Carries a guest's packets, as a program of this host.
+    Network,
 }
 
 impl Role {
@@ -34,6 +36,7 @@ impl Role {
             Role::Proxy => "proxy",
             Role::Vsock => "vsock device",
             Role::Virtiofsd => "virtiofsd",
+            Role::Network => "user network",
         }
     }
 }

@@ -23,9 +23,8 @@ use nix::unistd::pipe2;
 
 use crate::confine;
 use crate::sys::cage::Cage;
-use crate::sys::process::{
-    own_session, parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time,
-};
+use crate::sys::child;
+use crate::sys::process::{parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
 
 /// Bytes of its output that an error carries, the last ones.
 pub const KEPT_OUTPUT: usize = 4096;
@@ -97,7 +96,7 @@ impl Process {
         // It has the reading end, too: when this process is gone, what it writes goes
         // nowhere, and does not end it.
         let kept: Vec<_> = inherited.iter().copied().chain([output.as_fd()]).collect();
-        own_session(&mut command, &kept, leased, cage);
+        child::prepare(&mut command, &kept, leased, cage);
         let mut child = command.spawn().map_err(failed)?;
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {

@@ -20,6 +20,7 @@ use grpcio::{ClientStreamingSink, RequestStream, RpcStatus, RpcStatusCode};
 use crate::events::event;
 use crate::factory::cache::claim::{Answer, Place};
 use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
+use crate::factory::cache::quota::Share;
 use crate::proto::cache::GrpcVM;
 use crate::vm::ledger::Owner;
 
@@ -48,8 +49,16 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
     }
 
     /// Gives a VM, at once or when one comes.
-    pub async fn serve(self, claimer: Claimer, pool: Arc<Pool>) {
+    pub async fn serve(self, claimer: Asker, pool: Arc<Pool>) {
         let since = Instant::now();
+        let claimer = match claimer.within(&pool) {
+            Ok(claimer) => claimer,
+            Err(why) => {
+                let Owner { pid, uid, .. } = claimer.owner;
+                event!(CLAIM_REFUSED, pid = pid, uid = uid; "pid {pid}: {why}");
+                return self.refuse(RpcStatusCode::RESOURCE_EXHAUSTED, &why).await;
+            }
+        };
         // Not after the server has said that it ends.
         let taken = if pool.closing() { None } else { pool.take() };
         match taken {
@@ -131,24 +140,46 @@ impl<Q: Send + 'static, R: Send + 'static> Call<Q, R> {
         // would take the client's processor.
         let sent = sink.success(answer(message)).await.map_err(|e| e.to_string());
         drop(client);
-        let Claimer { owner, label, .. } = claimer;
+        let Claimer { owner, label, share, .. } = claimer;
         pool.tell(match sent {
             Ok(()) => Event::Delivered {
-                vm: Delivered::new(vm, owner, label),
+                vm: Delivered::new(vm, owner, label, share),
                 waited,
                 took: since.elapsed(),
             },
-            Err(why) => Event::Undelivered { vm: Box::new(vm), why },
+            Err(why) => {
+                pool.quotas.unconfirmed(uid);
+                Event::Undelivered { vm: Box::new(vm), why }
+            }
         });
     }
 }
 
 /// Who claims.
-pub struct Claimer {
+pub struct Asker {
     /// The process.
     pub owner: Owner,
     /// What it calls the VM.
     pub label: String,
     /// To what it will make its memory grow, MiB; 0 for no more than it has.
     pub memory_mib: u32,
+    /// The memory of the pool's VMs, MiB.
+    pub base_mib: u32,
+}
+
+impl Asker {
+    /// The same as one who may have one more VM.
+    fn within(&self, pool: &Pool) -> Result<Claimer, String> {
+        let Asker { owner, label, memory_mib, base_mib } = self;
+        let share = pool.quotas.claim(owner.uid, *memory_mib.max(base_mib))?;
+        Ok(Claimer { owner: *owner, label: label.clone(), memory_mib: *memory_mib, share })
+    }
+}
+
+/// Who may have one more VM.
+struct Claimer {
+    owner: Owner,
+    label: String,
+    memory_mib: u32,
+    share: Share,
 }

@@ -11,7 +11,7 @@ use grpcio::{
     Method, MethodType, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
 };
 
-use super::claim::{Call, Claimer};
+use super::claim::{Asker, Call};
 use super::peers::{Peer, Peers};
 use super::service::{claimer, fail, master, method, succeed};
 use super::Again;
@@ -19,11 +19,11 @@ use crate::config::{Config, MAX_POOL};
 use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, Target, Then, GRACE};
 use crate::proto::cache::GrpcVM;
 use crate::proto::control::{
-    ClaimReply, ClaimRequest, ResizeRequest, StatusReply, UsedRequest, VmName,
+    ClaimReply, ClaimRequest, NoteRequest, ResizeRequest, StatusReply, UsedRequest, VmName,
 };
 use crate::proto::empty::Empty;
 use crate::vm::ledger::Owner;
-use crate::vm::{resize, VmConfig};
+use crate::vm::{notes, resize, VmConfig};
 
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 64;
@@ -37,6 +37,7 @@ const CONFIRM: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Co
 const KEEP: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Keep");
 const RELEASE: Method<VmName, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Release");
 const USED: Method<UsedRequest, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Used");
+const NOTE: Method<NoteRequest, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Note");
 const DRAIN: Method<Empty, Empty> = method(MethodType::Unary, "/vmcache.v1.Control/Drain");
 const RESIZE: Method<ResizeRequest, Empty> =
     method(MethodType::Unary, "/vmcache.v1.Control/Resize");
@@ -49,6 +50,7 @@ struct Own {
     peers: Peers,
     endpoint: String,
     base: Arc<VmConfig>,
+    base_mib: u32,
     again: Arc<Again>,
 }
 
@@ -59,9 +61,10 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         peers: peers.clone(),
         endpoint: config.endpoint().display().to_string(),
         base: Arc::new(VmConfig::of(config)),
+        base_mib: config.memory(),
         again: Arc::clone(again),
     };
-    let [a, b, c, d, e, f, g, h, i] = std::array::from_fn(|_| own.clone());
+    let [a, b, c, d, e, f, g, h, i, j] = std::array::from_fn(|_| own.clone());
     ServiceBuilder::new()
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
             #[cfg(feature = "faults")]
@@ -83,6 +86,9 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         })
         .add_unary_handler(&USED, move |ctx: RpcContext<'_>, r: UsedRequest, sink| {
             i.used(&ctx, &r, sink);
+        })
+        .add_unary_handler(&NOTE, move |ctx: RpcContext<'_>, r: NoteRequest, sink| {
+            j.note(&ctx, r, sink);
         })
         .add_unary_handler(&DRAIN, move |ctx: RpcContext<'_>, _: Empty, sink| {
             e.target(&ctx, sink, "Drain", None);
@@ -111,6 +117,7 @@ impl Own {
             }
         };
         let (pool, base) = (Arc::clone(&self.pool), Arc::clone(&self.base));
+        let base_mib = self.base_mib;
         ctx.spawn(async move {
             let Some(request) = call.request().await else { return };
             if let Err(why) = fits(&request, &base) {
@@ -119,7 +126,7 @@ impl Own {
             let lease = request.lease;
             let owner = Owner { pid, start_time, uid, lease, unconfirmed: true };
             let (label, memory_mib) = (request.label, request.memory_mib);
-            call.serve(Claimer { owner, label, memory_mib }, pool).await;
+            call.serve(Asker { owner, label, memory_mib, base_mib }, pool).await;
         });
     }
 
@@ -129,7 +136,7 @@ impl Own {
         ctx: &RpcContext<'_>,
         vm: VmName,
         sink: UnarySink<Empty>,
-        event: fn(Asked) -> Event,
+        event: impl FnOnce(Asked) -> Event,
     ) {
         let Some(by) = self.peers.find(&ctx.peer()) else {
             return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
@@ -149,6 +156,22 @@ impl Own {
                 }
             };
         });
+    }
+
+    /// What a VM's owner has noted about it.
+    fn note(&self, ctx: &RpcContext<'_>, r: NoteRequest, sink: UnarySink<Empty>) {
+        let Some(by) = self.peers.find(&ctx.peer()) else {
+            return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
+        };
+        let kind = notes::Kind::of(r.kind).ok_or_else(|| "no kind of note".to_string());
+        match kind.and_then(|kind| kind.check(&r.text, by.uid).map(|()| kind)) {
+            Ok(kind) => {
+                let vm = VmName { id: r.id, ..VmName::default() };
+                let text = r.text;
+                self.ask(ctx, vm, sink, |asked| Event::Note { asked, kind, text });
+            }
+            Err(why) => fail(ctx, sink, RpcStatusCode::INVALID_ARGUMENT, &why),
+        }
     }
 
     /// A measure: of somebody who may claim, about a VM that was claimed.
@@ -215,6 +238,9 @@ fn status(refusal: &Refusal) -> RpcStatus {
             (RpcStatusCode::NOT_FOUND, "no such VM is a client's: it has ended, or was ended")
         }
         Refusal::NotYours => (RpcStatusCode::PERMISSION_DENIED, "another process claimed that VM"),
+        Refusal::NotNoted => {
+            (RpcStatusCode::INTERNAL, "it could not be written: the server's log says why")
+        }
     };
     RpcStatus::with_message(code, text.to_string())
 }

@@ -39,6 +39,7 @@ use crate::confine::{self, capabilities};
 use crate::events::event;
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop, Target, Then};
+use crate::factory::cache::quota::Limits;
 use crate::notify;
 use crate::process::reap_all;
 use crate::stuck;
@@ -121,7 +122,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     config.check_host().map_err(Error::Config)?;
     let admission =
         Admission::of(&config).map_err(|(key, why)| Error::Config(config.wrong(OURS, key, why)))?;
-    for line in &config.warnings {
+    for line in config.warnings.iter().chain(&config.check_user().map_err(Error::Config)?) {
         log::warn!("{line}");
     }
     panics::end_the_process();
@@ -151,7 +152,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let store = config.store();
 
     let config = Arc::new(config);
-    let (pool, ends) = Pool::new();
+    let (pool, ends) = Pool::new(Limits::of(&config));
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
     let changed = inherited.as_ref().and_then(|i| i.target);
     if let Some(target) = changed {

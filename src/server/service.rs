@@ -9,8 +9,9 @@ use grpcio::{
     ServiceBuilder, UnarySink,
 };
 
-use super::claim::{Call, Claimer};
+use super::claim::{Asker, Call};
 use super::peers::{Peer, Peers};
+use crate::config::options::OURS;
 use crate::config::Config;
 use crate::events::event;
 use crate::factory::cache::pool::Pool;
@@ -37,6 +38,10 @@ const GET_BASE_VM: Method<Empty, GrpcVM> =
 const STATUS: Method<Empty, GrpcStatus> = method(MethodType::Unary, "/cache.CacheService/Status");
 const QUIT: Method<Empty, Empty> = method(MethodType::Unary, "/cache.CacheService/Quit");
 
+/// Told to who calls GetBaseVM where that is not served.
+const NO_KATA: &str = "GetBaseVM is not served here (kata_calls = false): claim by \
+                       vmcache.v1.Control/Claim, as vmcache's own commands do";
+
 /// Kata's service.
 pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
     let base = VmConfig::of(config);
@@ -45,6 +50,7 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
         None => (base.to_json(), base.agent_json()),
     };
     let answer = GrpcVMConfig { Data: data, AgentConfig: agent, ..GrpcVMConfig::default() };
+    let (serves, base_mib) = (config.flag(OURS, "kata_calls"), config.memory());
     let (claiming, claimers) = (Arc::clone(pool), peers.clone());
     let shown = Arc::clone(pool);
     let (quitting, quitters) = (Arc::clone(pool), peers.clone());
@@ -54,7 +60,7 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
         })
         .add_client_streaming_handler(&GET_BASE_VM, move |ctx: RpcContext<'_>, client, sink| {
             let call: Call<Empty, GrpcVM> = Call { client, sink, answer: |vm| vm };
-            claim(&ctx, call, &claiming, &claimers);
+            claim(&ctx, call, &claiming, &claimers, (serves, base_mib));
         })
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
             let vmstatus = shown.board.ready().into_iter().map(|(pid, cpu, memory)| GrpcVMStatus {
@@ -146,7 +152,17 @@ pub fn claimer(ctx: &RpcContext<'_>, peers: &Peers) -> Result<Peer, String> {
 }
 
 /// GetBaseVM.
-fn claim(ctx: &RpcContext<'_>, call: Call<Empty, GrpcVM>, pool: &Arc<Pool>, peers: &Peers) {
+fn claim(
+    ctx: &RpcContext<'_>,
+    call: Call<Empty, GrpcVM>,
+    pool: &Arc<Pool>,
+    peers: &Peers,
+    (serves, base_mib): (bool, u32),
+) {
+    if !serves {
+        let code = RpcStatusCode::UNIMPLEMENTED;
+        return ctx.spawn(async move { call.refuse(code, NO_KATA).await });
+    }
     let peer = match claimer(ctx, peers) {
         Ok(peer) => peer,
         Err(why) => {
@@ -157,6 +173,6 @@ fn claim(ctx: &RpcContext<'_>, call: Call<Empty, GrpcVM>, pool: &Arc<Pool>, peer
     let lease = ctx.request_headers().iter().any(|(name, _)| name == LEASE_HEADER);
     let Peer { pid, start_time, uid, .. } = peer;
     let owner = Owner { pid, start_time, uid, lease, unconfirmed: false };
-    let claimer = Claimer { owner, label: String::new(), memory_mib: 0 };
-    ctx.spawn(call.serve(claimer, Arc::clone(pool)));
+    let asker = Asker { owner, label: String::new(), memory_mib: 0, base_mib };
+    ctx.spawn(call.serve(asker, Arc::clone(pool)));
 }

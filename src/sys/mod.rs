@@ -7,6 +7,8 @@
 #[cfg(feature = "host")]
 pub mod cage;
 #[cfg(feature = "host")]
+pub mod child;
+#[cfg(feature = "host")]
 pub mod clock;
 #[cfg(feature = "guest")]
 pub mod guest;
@@ -15,6 +17,10 @@ pub mod mount;
 pub mod process;
 #[cfg(feature = "host")]
 pub mod rpc;
+#[cfg(feature = "host")]
+pub mod sealed;
+#[cfg(feature = "host")]
+pub mod seccomp;
 #[cfg(feature = "host")]
 pub mod tap;
 pub mod terminal;

@@ -10,10 +10,6 @@ use std::time::{Duration, Instant};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::ForkResult;
 
-/// How much a process is spared when memory runs out: the less, the more.
-#[cfg(feature = "host")]
-const OOM: &str = "/proc/self/oom_score_adj";
-
 /// Opens a pidfd of a process (Linux 5.3 and later).
 ///
 /// # Errors
@@ -179,65 +175,6 @@ pub fn close_on_exec() -> io::Result<()> {
 pub fn keep_on_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
     Ok(())
-}
-
-/// Gives a child a session of its own and no fd of ours but 0 to 2 and those of
-/// `keep`, under their own numbers;
-/// with `leased`, it is killed when the thread that starts it ends. It blocks no
-/// signal, whatever the thread that starts it blocks. It goes into a cage.
-#[cfg(feature = "host")]
-pub fn own_session(
-    command: &mut std::process::Command,
-    keep: &[BorrowedFd<'_>],
-    leased: bool,
-    cage: super::cage::Cage,
-) {
-    use std::os::unix::process::CommandExt;
-    let keep: Vec<_> = keep.iter().map(AsRawFd::as_raw_fd).collect();
-    let parent = nix::unistd::getpid();
-    let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
-    // A server that the kernel spares when memory runs out does not mean its VMs.
-    let spared = fs::read_to_string(OOM).ok().and_then(|t| t.trim().parse::<i32>().ok());
-    let spared = spared.is_some_and(|n| n < 0);
-    // SAFETY: open, write, setsid, setrlimit, sigprocmask, prctl, close_range and fcntl are system calls
-    // and nothing here allocates.
-    unsafe {
-        command.pre_exec(move || {
-            nix::unistd::setsid()?;
-            // How many files this process may have open is no limit of the child's.
-            if let Ok((_, most)) = files {
-                let which = nix::sys::resource::Resource::RLIMIT_NOFILE;
-                nix::sys::resource::setrlimit(which, most, most)?;
-            }
-            nix::sys::signal::SigSet::empty().thread_set_mask()?;
-            if spared {
-                let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
-                if fd < 0 || libc::write(fd, b"0".as_ptr().cast(), 1) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            // Before the next: another user's death is nobody's to be told of.
-            cage.enter()?;
-            if leased && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // A parent that was gone before the request is never heard of.
-            if leased && nix::unistd::getppid() != parent {
-                return Err(io::Error::from_raw_os_error(libc::ESRCH));
-            }
-            // CLOEXEC and not close: std's own error pipe must survive until exec.
-            let flags = libc::CLOSE_RANGE_CLOEXEC;
-            if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, flags) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            for fd in &keep {
-                if libc::fcntl(*fd, libc::F_SETFD, 0) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
 }
 
 /// Fills a buffer from the kernel's random generator.

@@ -171,10 +171,16 @@ fn session(
 fn lock_port(dir: &Path, port: usize) -> Result<Option<Flock<File>>, Error> {
     let path = dir.join(format!("agent.{port}.lock"));
     // What others may have put there is neither followed nor waited for.
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let mut options = OpenOptions::new();
-    options.create(true).append(true).mode(0o600).custom_flags(flags.bits());
-    let file = options.open(&path).and_then(|file| match file.metadata()?.is_file() {
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let open = |options: &mut OpenOptions| options.custom_flags(flags).open(&path);
+    // The server's file, which another user's client may only read: that is enough to lock it.
+    let file = match open(OpenOptions::new().read(true)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            open(OpenOptions::new().create(true).append(true).mode(0o600))
+        }
+        other => other,
+    };
+    let file = file.and_then(|file| match file.metadata()?.is_file() {
         true => Ok(file),
         false => Err(io::Error::other("it is no file")),
     });

@@ -7,16 +7,16 @@
 mod attend;
 mod failure;
 mod guest;
+mod open;
 
 use std::error;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use attend::Seated;
 pub use failure::{BootError, Phase};
+use open::Opened;
 
 use super::birth::{Birth, Watch};
 use super::dir::VmDir;
@@ -243,13 +243,13 @@ impl Spawned {
         if !attendants.is_empty() {
             ledger.write(dir.path()).map_err(directory)?;
         }
-        // Bound before QEMU starts, so there is no wait for it to appear.
-        let monitor = UnixListener::bind(dir.monitor()).map_err(directory)?;
+        let opened = Opened::of(config, &dir, &channels, &base, vsock.map(|(_, file)| file));
+        let opened = opened.map_err(|e| early(&id, Phase::Directory, e))?;
         let names = Names {
             id: &id,
             uuid: &ledger.uuid,
             dir: dir.path(),
-            monitor: monitor.as_raw_fd(),
+            passed: opened.passed(),
             host_memory: host::memory_mib(),
             memory: match base {
                 Base::None => Memory::Own,
@@ -260,11 +260,9 @@ impl Spawned {
                 },
             },
             channels: &channels,
-            vsock: vsock.as_ref().map(|(_, file)| file.as_raw_fd()),
         };
         let args = argv(config, &names);
-        let mut inherited = vec![monitor.as_fd()];
-        inherited.extend(vsock.as_ref().map(|(_, file)| file.as_fd()));
+        let mut inherited = opened.fds();
         match base {
             Base::None => {}
             Base::Template(file) => inherited.push(file.as_fd()),
@@ -386,9 +384,6 @@ impl Booted {
         }
         let Spawned { process, attendants, dir, ledger, agent, .. } = spawned;
         let address = agent.address().clone();
-        // The monitor's socket was made by us: as private as QEMU makes its own.
-        let private = std::fs::Permissions::from_mode(0o700);
-        let _ = std::fs::set_permissions(dir.monitor(), private);
         Ok(Vm { process, attendants, dir, ledger, agent: address, paused: false })
     }
 }

@@ -1,5 +1,6 @@
-//! A VM's directory: Kata's place and names, mode 0700; 1770 where QEMU has a user of its
-//! own, which is in its group.
+//! A VM's directory: Kata's place and names, mode 0700. It is the server's: QEMU's user has
+//! no right there, and who claims the VM may pass through to its sockets, which become
+//! theirs, and can make nothing there.
 //!
 //! Invariants: whoever holds a [`VmDir`] owns the directory; dropping it removes
 //! it unless it was let go; what could not be removed is remembered, and a server
@@ -8,16 +9,17 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{
-    lchown, DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
-};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
+use nix::fcntl::{open, AtFlags, OFlag};
 use nix::mount::{umount2, MntFlags};
-use nix::unistd::geteuid;
+use nix::sys::stat::{fstat, Mode, SFlag};
+use nix::unistd::{fchownat, geteuid, Uid};
 
-use super::clearing;
+use super::{acl, clearing};
+use crate::agent::address::VSOCK_DIR;
 use crate::confine::cgroup;
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
 use crate::sys::process::{start_time, state};
@@ -26,8 +28,6 @@ use crate::sys::process::{start_time, state};
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
 /// A root file system for one command, mounted in what the guest sees.
 const ROOT: &str = "vmcache-root";
-/// The directory in it of another user to whom it was handed.
-const CLIENT: &str = "client";
 /// How the names of directories begin that are not a VM's yet: their makers' pid and start
 /// time follow.
 const NEW: &str = ".new-";
@@ -105,48 +105,50 @@ impl VmDir {
         self.path.join(SHARED).join(ROOT)
     }
 
-    /// Gives the sockets and the locks beside them to the user who claims the VM, who may
-    /// pass through the directory from now on. That stays the server's, so that nothing in
-    /// it is ever replaced by others.
+    /// Gives the sockets to the user who claims the VM, who may pass through the directory
+    /// from now on, and read the locks and the ledger. That stays the server's, so that nothing
+    /// in it is ever replaced or filled by others.
     ///
     /// # Errors
-    /// As lchown(2).
+    /// As fchownat(2) and setxattr(2).
     pub fn hand_to(&self, uid: u32) -> io::Result<()> {
         for port in 0..AGENT_PORTS {
             let lock = self.path.join(format!("agent.{port}.lock"));
             let mut options = fs::OpenOptions::new();
-            match options.write(true).create_new(true).mode(0o600).open(lock) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-                _ => {}
+            let file = options.append(true).create(true).mode(0o644).open(lock)?;
+            // Whatever the server's umask.
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
+        }
+        let beside = self.path.join(VSOCK_DIR);
+        let beside = fs::symlink_metadata(&beside).is_ok_and(|m| m.is_dir()).then_some(beside);
+        for dir in [&self.path].into_iter().chain(&beside) {
+            for entry in fs::read_dir(dir)?.flatten() {
+                if entry.file_type().is_ok_and(|t| t.is_socket()) {
+                    give_socket(&entry.path(), uid)?;
+                }
             }
+            acl::admit(dir, uid)?;
         }
-        for entry in fs::read_dir(&self.path)?.flatten() {
-            let meta = entry.metadata()?;
-            let lock = entry.path().extension().is_some_and(|e| e == "lock") && meta.nlink() == 1;
-            if meta.file_type().is_socket() || meta.is_file() && lock {
-                lchown(entry.path(), Some(uid), None)?;
-            }
-        }
-        let own = self.path.join(CLIENT);
-        DirBuilder::new().mode(0o700).create(&own)?;
-        lchown(&own, Some(uid), None)?;
-        let mode = fs::symlink_metadata(&self.path)?.mode() & 0o7777;
-        fs::set_permissions(&self.path, fs::Permissions::from_mode(mode | 0o001))
-    }
-
-    /// Where whoever has the VM writes things down.
-    pub fn notes(&self) -> PathBuf {
-        let own = self.path.join(CLIENT);
-        match fs::symlink_metadata(&own).is_ok_and(|m| m.is_dir()) {
-            true => own,
-            false => self.path.clone(),
-        }
+        Ok(())
     }
 
     /// Gives ownership up: the directory stays when this is dropped.
     pub fn let_go(mut self) {
         self.let_go = true;
     }
+}
+
+/// Gives a socket to a user; nothing else that may have taken its name.
+fn give_socket(path: &Path, uid: u32) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let socket = open(path, flags, Mode::empty())?;
+    let seen = fstat(&socket)?;
+    if SFlag::from_bits_truncate(seen.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK
+        || seen.st_nlink != 1
+    {
+        return Err(io::Error::other(format!("{} is no socket any more", path.display())));
+    }
+    Ok(fchownat(&socket, c"", Some(Uid::from_raw(uid)), None, AtFlags::AT_EMPTY_PATH)?)
 }
 
 /// Directories in a store whose makers were killed before these had their names.

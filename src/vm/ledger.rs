@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
 
-use super::private;
+use super::{notes, private};
 use crate::agent::Kind;
 use crate::process::attendant::{Attendant, Record};
 use crate::sys::process::start_time;
@@ -26,14 +26,7 @@ use crate::sys::process::start_time;
 pub const FILE: &str = "vm.json";
 /// The note's name.
 const NOTE: &str = "claim";
-/// Where a client that made its VM larger writes the new size. A file of its
-/// own, since the server writes the ledger, perhaps at the same time.
-const SIZE: &str = "size";
-/// Where whoever owns a VM notes what it has started to serve it; likewise.
-const SERVED: &str = "served";
-/// Largest of those notes, in bytes.
-const MAX_SERVED: u64 = 4096;
-const MAX_SIZE: u64 = 64;
+/// Largest claim note, in bytes.
 const MAX_NOTE: u64 = 256;
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
@@ -160,12 +153,14 @@ impl Ledger {
         private::replace(dir, FILE, &bytes)
     }
 
-    /// Records that the VM is larger now.
+    /// Records that the VM is larger now, in a note of its own: the server writes the ledger,
+    /// perhaps at the same time.
     ///
     /// # Errors
-    /// As the file system's; the old size then stands.
+    /// As [`notes::write`]; the old size then stands.
     pub fn resize(&mut self, dir: &Path, cpus: u32, memory_mib: u32) -> io::Result<()> {
-        private::replace(dir, SIZE, format!("{cpus} {memory_mib}\n").as_bytes())?;
+        let text = format!("{cpus} {memory_mib}\n");
+        notes::write(dir, &self.endpoint, notes::Kind::Size, text.as_bytes())?;
         (self.cpus, self.memory_mib) = (cpus, memory_mib);
         Ok(())
     }
@@ -200,11 +195,13 @@ impl Ledger {
     /// Records that a process serves the VM that was not there when it was made.
     ///
     /// # Errors
-    /// As the file system's.
+    /// As [`notes::write`].
     pub fn serve(&mut self, dir: &Path, record: Record) -> io::Result<()> {
         let mut all = read_served(dir);
+        all.retain(|r| start_time(r.pid) == Some(r.start_time));
         all.push(record);
-        private::replace(dir, SERVED, &serde_json::to_vec(&all).map_err(io::Error::other)?)?;
+        let text = serde_json::to_vec(&all).map_err(io::Error::other)?;
+        notes::write(dir, &self.endpoint, notes::Kind::Served, &text)?;
         self.attendants.push(record);
         Ok(())
     }
@@ -234,19 +231,15 @@ fn may_name(uid: u32, pid: i32) -> bool {
 }
 
 fn read_served(dir: &Path) -> Vec<Record> {
-    let Ok((bytes, uid)) = private::read(dir, SERVED, MAX_SERVED) else {
-        return Vec::new();
-    };
+    let Some((bytes, uid)) = notes::read(dir, notes::Kind::Served) else { return Vec::new() };
     let mut all: Vec<Record> = serde_json::from_slice(&bytes).unwrap_or_default();
     all.retain(|r| may_name(uid, r.pid));
     all
 }
 
 fn read_size(dir: &Path) -> Option<(u32, u32)> {
-    let (bytes, _) = private::read(dir, SIZE, MAX_SIZE).ok()?;
-    let text = String::from_utf8(bytes).ok()?;
-    let (cpus, memory) = text.trim_end().split_once(' ')?;
-    Some((cpus.parse().ok()?, memory.parse().ok()?))
+    let (bytes, _) = notes::read(dir, notes::Kind::Size)?;
+    notes::size(&bytes)
 }
 
 /// The open file that records, in one write, to whom a ready VM is being handed.

@@ -10,6 +10,7 @@
 //! never shared. Dropping it kills QEMU and removes its directory, so every
 //! error path cleans up; only [`Vm::let_go`] leaves it running.
 
+mod acl;
 pub mod attach;
 pub mod birth;
 pub mod boot;
@@ -19,6 +20,7 @@ mod console;
 pub mod dir;
 pub mod identity;
 pub mod ledger;
+pub mod notes;
 pub mod private;
 pub mod resize;
 pub mod shape;
@@ -303,7 +305,7 @@ impl Vm {
     /// Lets the user who claims it use it, and make it grow to so much memory, MiB.
     ///
     /// # Errors
-    /// As lchown(2), and when its cgroup refuses; it must then be destroyed.
+    /// As lchown(2) and setxattr(2), and when its cgroup refuses; it must then be destroyed.
     pub fn hand_to(&self, uid: u32, memory_mib: u32) -> std::io::Result<()> {
         if memory_mib > self.memory_mib() {
             // The guest's kernel takes memory in pieces.
@@ -312,9 +314,12 @@ impl Vm {
         self.dir.hand_to(uid)
     }
 
-    /// Where whoever has it writes things down.
-    pub fn notes(&self) -> std::path::PathBuf {
-        self.dir.notes()
+    /// Notes something about it, for its owner's other commands and the next server.
+    ///
+    /// # Errors
+    /// As [`notes::write`].
+    pub fn note(&self, kind: notes::Kind, text: &[u8]) -> std::io::Result<()> {
+        notes::write(self.dir(), &self.ledger.endpoint, kind, text)
     }
 
     /// Whether only its server can end it: its processes are not this user's.

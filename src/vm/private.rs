@@ -9,7 +9,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use nix::fcntl::OFlag;
@@ -53,7 +53,10 @@ pub fn create(dir: &Path, name: &str) -> io::Result<File> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    // Whatever this process's umask: who may enter the directory may read what is there.
+    file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    Ok(file)
 }
 
 /// Writes a file whole, in the place of what bears its name.
@@ -70,7 +73,7 @@ pub fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
     use nix::sys::stat::Mode;
-    use std::os::unix::fs::{chown, symlink, PermissionsExt};
+    use std::os::unix::fs::{chown, symlink};
 
     #[test]
     fn what_others_have_changed_is_not_believed_and_nothing_of_theirs_is_overwritten() {

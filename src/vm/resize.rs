@@ -128,8 +128,7 @@ impl Vm {
             Ok(())
         };
         // Where the VM's directory is another user's, that user's server has raised it.
-        let theirs = self.is_servers();
-        if more_memory > 0 && !theirs {
+        if more_memory > 0 && !self.is_servers() {
             cgroup::limit_memory(self.dir.path(), Some(self.memory_mib() + more_memory))
                 .map_err(|source| Error::Record { id: self.id().into(), source })?;
         }
@@ -139,11 +138,8 @@ impl Vm {
             .map_err(|e| Error::Hotplug { id: self.id().into(), source: Box::new(e) })?;
         agent.online_cpu_mem(more_cpus, more_memory == 0).map_err(refused)?;
         let (cpus, memory) = (self.cpus() + more_cpus, self.memory_mib() + more_memory);
-        match self.ledger.resize(self.dir.path(), cpus, memory) {
-            // Shown by nobody: the server's status says what it was.
-            Err(e) if theirs && e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
-            other => other.map_err(|source| Error::Record { id: self.id().into(), source }),
-        }
+        let noted = self.ledger.resize(self.dir.path(), cpus, memory);
+        noted.map_err(|source| Error::Record { id: self.id().into(), source })
     }
 }
 

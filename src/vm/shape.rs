@@ -17,7 +17,7 @@ use crate::config::options::{AGENT, OURS, QEMU};
 use crate::config::{Config, Transport};
 use crate::confine;
 use crate::digest::hexadecimal;
-use crate::hypervisor::qemu::argv::{argv, Memory, Names};
+use crate::hypervisor::qemu::argv::{argv, Memory, Names, Passed};
 
 /// Which file it is: device, inode, time of change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,11 +62,15 @@ pub fn arguments(config: &Config) -> io::Result<Vec<String>> {
         id: "",
         uuid: "",
         dir: Path::new("/"),
-        monitor: 0,
+        passed: Passed {
+            ports: vec![0; channels.len()],
+            vsock: (way != Way::Serial).then_some(0),
+            share: config.shares_virtiofs().then_some(0),
+            ..Passed::default()
+        },
         host_memory: crate::host::memory_mib(),
         memory: Memory::Own,
         channels: &channels,
-        vsock: matches!(way, Way::Vsock(_)).then_some(0),
     };
     Ok(argv(config, &names).iter().map(|a| a.to_string_lossy().into_owned()).collect())
 }
@@ -85,7 +89,7 @@ pub fn shape(config: &Config) -> String {
 }
 
 /// Options that make a VM of another size or kind, which clients and servers reckon with.
-const BUILD: [(&str, &str); 12] = [
+const BUILD: [(&str, &str); 14] = [
     (QEMU, "default_vcpus"),
     (QEMU, "default_memory"),
     (QEMU, "memory_slots"),
@@ -98,6 +102,8 @@ const BUILD: [(&str, &str); 12] = [
     (OURS, "transport"),
     (OURS, "accel"),
     (OURS, "sandbox"),
+    (OURS, "kata_calls"),
+    (OURS, "nested"),
 ];
 
 /// A VM's size and kind, and how it is confined, in hexadecimal: two that are alike in

@@ -187,13 +187,13 @@ impl Guest {
     }
 
     /// Plugs a network card in and has the guest configure it, as `eth0`,
-    /// `eth1` and so on.
+    /// `eth1` and so on. `leased`, what carries it in user space ends with this thread.
     ///
     /// # Errors
     /// [`Error::Attach`], or [`Error::Agent`] when the guest does not take it;
     /// the VM is then of no use.
-    pub fn attach_nic(&mut self, nic: &Nic) -> Result<(), Error> {
-        let path = self.vm.attach_nic(nic).map_err(Error::Attach)?;
+    pub fn attach_nic(&mut self, nic: &Nic, leased: bool) -> Result<(), Error> {
+        let path = self.vm.attach_nic(nic, leased).map_err(Error::Attach)?;
         let wanted = nic.wanted();
         let name = format!("eth{}", self.attached.nics);
         let family = |v4| if v4 { IPFamily::v4 } else { IPFamily::v6 };

@@ -33,8 +33,7 @@ use crate::agent::{self, Agent, Kind, ListFormat, ProcessId};
 use crate::proto::agent::{
     CreateContainerRequest, CreateSandboxRequest, StatsContainerResponse, Storage,
 };
-use crate::vm::private;
-use crate::vm::{identity, Vm};
+use crate::vm::{identity, notes, Vm};
 
 /// Name of the container in which [`Guest::spawn`] runs the first command.
 pub const MAIN: &str = "main";
@@ -44,12 +43,6 @@ pub const GUEST_ROOT: &str = "/run/vmcache/rootfs";
 const OWN_ROOT: &str = "/";
 /// How long a guest may take to write out its disks, unless there is a hurry.
 pub const WRITING_OUT: Duration = Duration::from_secs(120);
-/// Beside a VM's ledger: which container later commands join.
-const NOTE: &str = "workload.json";
-
-/// Largest such note, in bytes.
-const MAX_NOTE: u64 = 4096;
-
 /// What later commands need to know of the VM's workload.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Note {
@@ -73,7 +66,7 @@ pub fn holds_disks(vm: &Vm) -> bool {
 }
 
 fn note(vm: &Vm) -> Option<Note> {
-    let (bytes, _) = private::read(&vm.notes(), NOTE, MAX_NOTE).ok()?;
+    let (bytes, _) = notes::read(vm.dir(), notes::Kind::Workload)?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -154,10 +147,12 @@ impl Guest {
         };
         self.rooted(&note)?;
         self.start_sandbox()?;
-        let dir = self.vm.notes();
         let bytes = serde_json::to_vec(&note).unwrap_or_default();
-        let failed = |source| Error::Io { during: "write", path: dir.join(NOTE), source };
-        private::replace(&dir, NOTE, &bytes).map_err(failed)?;
+        let failed = |source| {
+            let path = self.vm.dir().join(notes::Kind::Workload.file());
+            Error::Io { during: "write", path, source }
+        };
+        self.vm.note(notes::Kind::Workload, &bytes).map_err(failed)?;
         self.launch(command, &note, self.attached.storages(root))
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::count::attendants;
-use crate::daemon::{text, vmcache, wait_for};
+use crate::daemon::{for_all_users, text, vmcache, wait_for};
 use crate::field::{Dice, Field, Row};
 use crate::rows::{ms, send};
 
@@ -18,7 +18,7 @@ pub fn vsock_devices(prepared: &Path, times: u32) -> Row {
         options.more_factory = String::new();
         options.more_ours += &format!(
             "transport = \"vhost-user-vsock\"\nvsock_device = {:?}\n",
-            prepared.join("bin/vhost-device-vsock")
+            for_all_users(&prepared.join("bin/vhost-device-vsock"))
         );
     });
     let mut dice = Dice::new();

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::daemon::{assert_nothing_left, text, Daemon, Dir, Options};
+use crate::daemon::{assert_nothing_left, text, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
 use crate::templates::{cloning, in_memory};
 
@@ -193,8 +193,16 @@ fn a_pc_clone_gets_a_disk_a_network_card_and_a_cpu() {
     clone_with("pc");
 }
 
+/// Processes that speak for guests on the host's network, as a test's command line names them.
+fn speaking(needle: &str) -> Vec<i32> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let line = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    pids.filter(|pid| text(&line(pid)).contains(needle)).collect()
+}
+
 #[test]
-fn the_user_network_reaches_the_host() {
+fn the_user_network_reaches_the_host_and_is_no_part_of_qemu() {
     let prepared = require_qemu!();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -210,6 +218,40 @@ fn the_user_network_reaches_the_host() {
     let script = format!("cat /etc/resolv.conf; echo from the guest | nc 10.0.2.2 {port}");
     assert_eq!(run(&d, &["--net", "user"], &script), "nameserver 10.0.2.3\nfrom the host\n");
     assert_eq!(server.join().unwrap(), "from the guest\n");
+    // One that is kept has its own, which is no user with rights, and ends with it.
+    d.wait_ready(1);
+    let before = speaking("hubport,hubid=0,netdev=vm");
+    let out = d.output(&["run", "--keep", "--net", "user", "--", "true"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let id = text(&out.stderr).trim().to_string();
+    let mut own = speaking("hubport,hubid=0,netdev=vm");
+    own.retain(|pid| !before.contains(pid));
+    let served = fs::read_to_string(d.store().join(&id).join("served")).unwrap();
+    let own = own.into_iter().find(|pid| served.contains(&format!("\"pid\":{pid},"))).unwrap();
+    let status = fs::read_to_string(format!("/proc/{own}/status")).unwrap();
+    let field = |key: &str| status.lines().find(|l| l.starts_with(key)).unwrap().to_string();
+    assert!(!field("Uid:").contains("\t0\t"), "{status}");
+    assert_eq!(field("CapBnd:"), "CapBnd:\t0000000000000000");
+    assert_eq!(field("Seccomp:"), "Seccomp:\t2");
+    d.ok(&["stop", &id]);
+    wait_for("its end", || !speaking("hubport,hubid=0,netdev=vm").contains(&own));
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn passt_carries_the_user_network_where_it_is_asked_for() {
+    let prepared = require_qemu!();
+    assert!(Path::new("/usr/bin/passt").exists(), "no passt: use tests/run");
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let said = run(
+        &d,
+        &["--net", "user,by=passt"],
+        "cat /etc/resolv.conf; ping -c 1 -W 5 10.0.2.2 >/dev/null; arp -n 2>/dev/null; ip neigh",
+    );
+    assert!(said.starts_with("nameserver 10.0.2.3\n"), "{said}");
+    // Somebody is there who answers for the gateway.
+    assert!(said.contains("10.0.2.2") && !said.contains("INCOMPLETE"), "{said}");
+    wait_for("its end", || speaking("/usr/bin/passt\0").is_empty());
     assert_nothing_left(&d.quit().0);
 }
 

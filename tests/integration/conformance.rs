@@ -288,7 +288,7 @@ pub fn walk(options: &Options, dir: &Dir) -> Steps {
     steps.push(("seed", said(agent.reseed_rng(&[7; 512]))));
     steps.push(("clock", said(agent.set_guest_date_time(Duration::from_secs(1 << 30)))));
     let nic = "user".parse::<Network>().unwrap().open().unwrap();
-    vm.attach_nic(&nic).unwrap();
+    vm.attach_nic(&nic, true).unwrap();
     wait_for("the network card", || {
         let listed = agent.list_interfaces().unwrap();
         listed.iter().any(|i| i.hwAddr.eq_ignore_ascii_case(nic.mac()))

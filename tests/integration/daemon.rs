@@ -1,6 +1,7 @@
 //! A server of a test's own: its directory, its log, its clients; and the
 //! counting of what is left when it is gone.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -80,6 +81,24 @@ impl Drop for Dir {
         }
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// A program where every user can execute it: VMs' users reach nothing below /root. Kept, as
+/// all is that `tests/run` prepares.
+pub fn for_all_users(program: &Path) -> PathBuf {
+    assert!(program.exists(), "no {}: use tests/run", program.display());
+    let dir = PathBuf::from("/var/tmp/vmct-programs");
+    let copy = dir.join(program.file_name().unwrap());
+    let same = |a: &Path, b: &Path| fs::read(a).ok() == fs::read(b).ok();
+    if !same(program, &copy) {
+        fs::create_dir_all(&dir).unwrap();
+        let new = dir.join(format!("{}.new", std::process::id()));
+        // By a process of its own: a child of another test's, which inherits a file that is
+        // being written, keeps it from being executed.
+        assert!(Command::new("cp").arg(program).arg(&new).status().unwrap().success());
+        fs::rename(new, &copy).unwrap();
+    }
+    copy
 }
 
 /// What a configuration says; changed by tests.
@@ -345,14 +364,30 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// QEMUs whose command line names a directory, from /proc; zombies do not count.
+/// QEMUs that have a socket open which was made below a directory, from /proc; zombies have
+/// none. Their command lines name no directory: all that they need they are given open.
 pub fn qemus(dir: &Path) -> Vec<i32> {
-    let needle = format!("{}/", dir.display());
+    let below = format!("{}/", dir.display());
+    let table = fs::read_to_string("/proc/net/unix").unwrap();
+    // Num RefCount Protocol Flags Type St Inode Path
+    let sockets: HashSet<String> = table
+        .lines()
+        .filter_map(|l| {
+            let mut words = l.split_whitespace().skip(6);
+            let (inode, path) = (words.next()?, words.next()?);
+            path.starts_with(&below).then(|| format!("socket:[{inode}]"))
+        })
+        .collect();
     let mut out = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if text(&line).contains("-chardev") && text(&line).contains(&needle) {
+        if !text(&line).contains("-chardev") {
+            continue;
+        }
+        let fds = fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
+        let mut links = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+        if links.any(|link| sockets.contains(&*link.to_string_lossy())) {
             out.push(pid);
         }
     }

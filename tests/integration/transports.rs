@@ -9,7 +9,7 @@ use vmcache::process::attendant::{Attendant, Role};
 use vmcache::sys::cage::Cage;
 
 use crate::conformance::{assert_walked, walk};
-use crate::daemon::{assert_nothing_left, wait_for, Dir, Options, LONG};
+use crate::daemon::{assert_nothing_left, for_all_users, wait_for, Dir, Options, LONG};
 use crate::require_qemu;
 
 #[test]
@@ -60,7 +60,6 @@ fn a_vsock_device_of_somebody_elses() {
 
 /// Options for vsock in user space, with the device that `tests/run` has built.
 pub fn vsock_device(prepared: &Path) -> String {
-    let device = prepared.join("bin/vhost-device-vsock");
-    assert!(device.exists(), "no {}: use tests/run", device.display());
+    let device = for_all_users(&prepared.join("bin/vhost-device-vsock"));
     format!("transport = \"vhost-user-vsock\"\nvsock_device = {device:?}\n")
 }

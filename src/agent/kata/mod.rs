@@ -29,7 +29,7 @@ const START: Duration = Duration::from_secs(60);
 const ANSWERING: Duration = Duration::from_secs(5);
 
 /// Where vsock's backend listens for QEMU, in the VM's directory.
-pub const VHOST_SOCKET: &str = "vhost.sock";
+pub const VHOST_SOCKET: &str = "vsock/vhost.sock";
 
 /// QEMU's end of the serial port of an agent of 1.x, in the VM's directory.
 pub const MUX_SOCKET: &str = "kata.sock";

@@ -16,7 +16,8 @@ pub struct Attach {
     /// Mount the image there instead, an absolute path
     #[arg(long, value_name = "DIR", requires = "image", value_parser = absolute)]
     pub mount: Option<String>,
-    /// Network card: `user` (the guest reaches what this host reaches), or
+    /// Network card: `user[,by=qemu|passt]` (the guest reaches what this host reaches, by
+    /// QEMU's network code in a process of its own, or by passt), or
     /// `tap=NAME[,netns=FILE][,ip=ADDRESS/LENGTH][,gateway=ADDRESS][,dns=ADDRESS]
     /// [,mac=MAC][,mtu=BYTES]` for a tap that exists; may be given again
     #[arg(long, value_name = "NETWORK")]

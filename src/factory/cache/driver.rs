@@ -21,15 +21,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
+use crossbeam_channel::{after, at, bounded, never, select, Sender};
 
 use super::board::Seen;
 use super::line::Line;
 use super::making::Source;
 use super::policy::{Policy, View};
 use super::pool::{Ends, Event, Job, Pool, Ready, Stop, Then};
+use super::quota::Share;
 use super::room::Room;
 use super::watch::Watch;
+use crate::config::options::OURS;
 use crate::config::Config;
 use crate::events::event;
 use crate::process::attendant::Role;
@@ -80,6 +82,8 @@ struct Handed {
     lease: Option<u64>,
     /// When it is ended, unless its owner confirms it before.
     until: Option<Instant>,
+    /// Its part of what its owner's user may have; none where it has no owner.
+    _share: Option<Share>,
 }
 
 /// The driver's state; lives on its thread.
@@ -89,11 +93,6 @@ pub struct Driver {
     policy: Policy,
     source: &'static str,
     jobs: Option<Sender<Job>>,
-    /// What workers need: how VMs are made, and their end of the jobs.
-    making: Arc<Source>,
-    jobs_out: Receiver<Job>,
-    /// The most workers there are to be.
-    parallel: usize,
     workers: Vec<Worker<()>>,
     watch: Watch,
     watched: HashMap<u64, Watched>,
@@ -105,6 +104,8 @@ pub struct Driver {
     dying: Vec<OwnedFd>,
     /// When VMs have to be confirmed, by QEMU's pid; the earliest first.
     graces: VecDeque<(Instant, i32)>,
+    /// Whether VMs that users but root claim by Kata's call have no limit of memory.
+    lifts_limits: bool,
     rest: rest::Rest,
     next_job: u64,
     room: Room,
@@ -134,7 +135,9 @@ impl Driver {
         let (jobs, jobs_out) = bounded::<Job>(0);
         let mut workers = Vec::new();
         let source = Arc::new(Source::of(config));
-        for n in 0..config.boot_parallel.min(config.pool.max(1)) {
+        // All that there may ever be: a thread that this one starts later, when it has
+        // lowered its priority, would be as low for good, and so would the QEMUs it starts.
+        for n in 0..config.boot_parallel {
             let (source, pool, jobs) = (Arc::clone(&source), Arc::clone(pool), jobs_out.clone());
             let name = format!("vmc-boot-{n}");
             workers.push(Worker::spawn(&name, move || source.work(&pool, &jobs))?);
@@ -151,12 +154,9 @@ impl Driver {
         Ok(Driver {
             pool: Arc::clone(pool),
             ends,
-            policy: Policy::new(config.pool, workers.len()),
+            policy: Policy::new(config.pool, config.boot_parallel.min(config.pool.max(1))),
             source: source.name(),
             jobs: Some(jobs),
-            making: source,
-            jobs_out,
-            parallel: config.boot_parallel,
             workers,
             watch,
             watched: HashMap::new(),
@@ -166,6 +166,7 @@ impl Driver {
             handed: HashMap::new(),
             dying: Vec::new(),
             graces: VecDeque::new(),
+            lifts_limits: config.flag(OURS, "lift_memory_limit"),
             rest: rest::Rest::new(config, pool)?,
             next_job: 1,
             room: Room::new(config),
@@ -254,6 +255,7 @@ impl Driver {
             Event::Confirm(asked) => self.confirm(asked, false),
             Event::Keep(asked) => self.confirm(asked, true),
             Event::Release(asked) => self.release(asked),
+            Event::Note { asked, kind, text } => self.note(asked, kind, &text),
             Event::Target { target, by } => self.set_target(target, &by),
             // Only while it stops already.
             Event::Stop(stop) => self.leaving &= stop.then != Then::End,

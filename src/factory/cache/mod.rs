@@ -24,6 +24,7 @@ pub mod making;
 pub mod measures;
 pub mod policy;
 pub mod pool;
+pub mod quota;
 pub mod resting;
 mod room;
 pub mod watch;

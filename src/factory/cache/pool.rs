@@ -17,11 +17,12 @@ use futures_channel::oneshot;
 
 use super::board::Board;
 use super::claim::Place;
+use super::quota::{Limits, Quotas, Share};
 use crate::config::MAX_POOL;
 use crate::proto::cache::GrpcVM;
 use crate::vm::boot::BootError;
 use crate::vm::ledger::{ClaimNote, Owner, State};
-use crate::vm::Vm;
+use crate::vm::{notes, Vm};
 
 /// Events that may lie before the driver: each of its sources (handlers,
 /// workers, the watch) waits when it is behind by so many.
@@ -86,6 +87,8 @@ pub enum Event {
     Keep(Asked),
     /// A client does not want its VM any more.
     Release(Asked),
+    /// A client notes something about its VM, which has been looked at.
+    Note { asked: Asked, kind: notes::Kind, text: Vec<u8> },
     /// Be this from now on.
     Target { target: Target, by: String },
     /// Hand nothing out any more, clean up.
@@ -109,6 +112,8 @@ pub enum Refusal {
     NoSuchVm,
     /// Another process claimed it.
     NotYours,
+    /// It could not be written down.
+    NotNoted,
 }
 
 /// Why the pool ends, and what becomes of its VMs.
@@ -167,17 +172,19 @@ pub struct Delivered {
     vm: Option<Box<Vm>>,
     owner: Owner,
     label: String,
+    share: Option<Share>,
 }
 
 impl Delivered {
-    /// `owner` has this VM.
-    pub fn new(vm: Vm, owner: Owner, label: String) -> Delivered {
-        Delivered { vm: Some(Box::new(vm)), owner, label }
+    /// `owner` has this VM, as a share of what its user may have.
+    pub fn new(vm: Vm, owner: Owner, label: String, share: Share) -> Delivered {
+        Delivered { vm: Some(Box::new(vm)), owner, label, share: Some(share) }
     }
 
     /// The VM and who has it, recorded; whoever takes it must let it go.
-    pub fn take(mut self) -> Option<(Vm, Owner)> {
-        self.vm.take().map(|vm| (recorded(*vm, self.owner, &self.label), self.owner))
+    pub fn take(mut self) -> Option<(Vm, Owner, Share)> {
+        let (vm, share) = (self.vm.take()?, self.share.take()?);
+        Some((recorded(*vm, self.owner, &self.label), self.owner, share))
     }
 }
 
@@ -212,6 +219,8 @@ pub struct Pool {
     pub events: Sender<Event>,
     /// Facts for status.
     pub board: Board,
+    /// What users have of it.
+    pub quotas: Arc<Quotas>,
     waiting: AtomicUsize,
     /// Likewise, by user.
     waiting_of: Mutex<HashMap<u32, usize>>,
@@ -231,8 +240,8 @@ pub struct Ends {
 }
 
 impl Pool {
-    /// An empty pool.
-    pub fn new() -> (Arc<Pool>, Ends) {
+    /// An empty pool, of which users may have so much.
+    pub fn new(limits: Limits) -> (Arc<Pool>, Ends) {
         // More than the pool's target can be ready at once when claims in line
         // had more booted for them and then went away.
         let (ready_in, ready) = bounded(2 * MAX_POOL as usize);
@@ -241,6 +250,7 @@ impl Pool {
             ready,
             events,
             board: Board::default(),
+            quotas: Quotas::new(limits),
             waiting: AtomicUsize::new(0),
             waiting_of: Mutex::default(),
             in_hands: AtomicUsize::new(0),

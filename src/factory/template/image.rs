@@ -21,15 +21,16 @@ use super::memory;
 use super::path;
 use super::place::Place;
 use crate::agent::Agent;
-use crate::config::options::OURS;
 use crate::config::Config;
 use crate::digest::sha256;
 use crate::events::event;
 use crate::hypervisor::qemu::bzimage;
 use crate::report::chain;
+use crate::sys::sealed;
 use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_template, BootError, Phase};
 use crate::vm::shape::{self, Stamp};
+use crate::walls::Wall;
 use crate::workload::rehearsal;
 
 /// The memory's file.
@@ -182,7 +183,7 @@ fn reuse(
     if !complete(place.path(), &manifest) || sha256(reopened(&state)?)? != manifest.state_sha256 {
         return wrong();
     }
-    let (memory, digest) = clonable(config, memory)?;
+    let (memory, digest) = clonable(memory)?;
     if digest != manifest.memory_sha256 {
         return wrong();
     }
@@ -190,10 +191,10 @@ fn reuse(
 }
 
 /// Memory as clones open it, and its digest.
-fn clonable(config: &Config, file: File) -> io::Result<(File, String)> {
-    match config.text(OURS, "user") {
-        "" => memory::digest(&file).map(|digest| (file, digest)),
-        _ => memory::sealed(&file),
+fn clonable(file: File) -> io::Result<(File, String)> {
+    match Wall::Seals.stands() {
+        true => memory::sealed(&file),
+        false => memory::digest(&file).map(|digest| (file, digest)),
     }
 }
 
@@ -206,6 +207,10 @@ fn image(
     sources: Vec<Option<Stamp>>,
 ) -> io::Result<Image> {
     let head = bzimage::head(&config.kernel()).map_err(on(&config.kernel()))?;
+    let state = match Wall::Seals.stands() {
+        true => sealed::copy(c"vmcache-state", &mut reopened(&state)?)?,
+        false => state,
+    };
     Ok(Image { memory, state, head, stamp, parts, sources, failures: AtomicU32::new(0) })
 }
 
@@ -242,7 +247,7 @@ fn make(
         fchown(&memory, Some(geteuid().as_raw()), None)?;
         name(&memory, &place.path().join(MEMORY))?;
         name(&state, &place.path().join(STATE))?;
-        let (memory, memory_sha256) = clonable(config, memory)?;
+        let (memory, memory_sha256) = clonable(memory)?;
         let manifest = Manifest {
             parts: parts.clone(),
             qemu_version,

@@ -4,20 +4,20 @@
 //! a sealed copy is made of, and has, what was digested, so that what lies in the
 //! directory may change meanwhile.
 //!
-//! Why a copy: QEMU opens a clone's memory to write, though it never does. Where it is
-//! of another user than the server, the file is not that user's to open.
+//! Why a copy: QEMU opens a clone's memory to write, though it never does. A file that it can
+//! open so, a QEMU that a guest has taken over can write, whoever it runs as, and so every
+//! clone's memory.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{fcntl, FcntlArg, SealFlag};
-use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::unistd::{lseek, Whence};
 use sha2::{Digest, Sha256};
 
 use crate::digest::hexadecimal;
+use crate::sys::sealed;
 
 const PAGE: usize = 4096;
 /// Bytes read at once.
@@ -70,19 +70,14 @@ pub fn digest(file: &File) -> io::Result<String> {
 /// # Errors
 /// As read(2), memfd_create(2) and fcntl(2).
 pub fn sealed(file: &File) -> io::Result<(File, String)> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let copy = File::from(memfd_create(c"vmcache-template", flags)?);
+    let copy = sealed::open(c"vmcache-template")?;
     copy.set_len(file.metadata()?.len())?;
     let mut all = Sha256::new();
     pages(file, |at, page| {
         hash(&mut all, at, page);
         copy.write_all_at(page, at)
     })?;
-    let seals = SealFlag::F_SEAL_SEAL
-        | SealFlag::F_SEAL_WRITE
-        | SealFlag::F_SEAL_GROW
-        | SealFlag::F_SEAL_SHRINK;
-    fcntl(&copy, FcntlArg::F_ADD_SEALS(seals))?;
+    sealed::close(&copy)?;
     Ok((copy, hexadecimal(all)))
 }
 

@@ -6,7 +6,7 @@
 //! Source: command lines of cached VMs of Kata 1.13 and 3.20 (tests/fixtures).
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::agent::seat::Channel;
 use crate::agent::Kind;
@@ -41,6 +41,12 @@ const KERNEL: &str = "tsc=reliable no_timer_check rcupdate.rcu_expedited=1 i8042
 /// may grow past 4 GiB sets 64 MiB aside for them, which virtio never uses.
 const OURS_TOO: &str = "memory_hotplug.memmap_on_memory=1 swiotlb=noforce";
 
+/// The processor's own virtualisation, by the names of both makers.
+pub const NO_VIRTUALISATION: &str = "vmx=off,svm=off";
+/// QEMU's translated processor takes its number of CPUID leaves from svm: without that, a
+/// guest does not learn how long its addresses are, and maps memory wrongly.
+const TRANSLATED: &str = "min-xlevel=0x8000000a";
+
 /// What is one VM's own on its command line.
 pub struct Names<'a> {
     /// The VM's id.
@@ -49,16 +55,34 @@ pub struct Names<'a> {
     pub uuid: &'a str,
     /// Its directory.
     pub dir: &'a Path,
-    /// Number of the fd on which QEMU listens for its monitor.
-    pub monitor: i32,
+    /// What it inherits open.
+    pub passed: Passed,
     /// The host's memory, MiB: the most to which a guest's can grow.
     pub host_memory: u64,
     /// Where its memory is.
     pub memory: Memory,
     /// By what its agent is reached.
     pub channels: &'a [Channel],
-    /// The number of the fd that reserves its vsock address.
+}
+
+/// Numbers of the fds that a QEMU inherits: it makes no socket and connects none itself, and
+/// needs no right to the directories that its images are in.
+#[derive(Clone, Debug, Default)]
+pub struct Passed {
+    /// Listening, for its monitor.
+    pub monitor: i32,
+    /// Listening, for the guest's console.
+    pub console: i32,
+    /// Listening, for each serial port among the channels, in their order.
+    pub ports: Vec<i32>,
+    /// The kernel's file; else it is opened by its path.
+    pub kernel: Option<i32>,
+    /// The initramfs', likewise.
+    pub initrd: Option<i32>,
+    /// What reserves its vsock address, or is connected to who carries its vsock.
     pub vsock: Option<i32>,
+    /// Connected to the virtiofsd that serves its directory.
+    pub share: Option<i32>,
 }
 
 /// Where a VM's memory is.
@@ -93,7 +117,7 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     args.pair("-uuid", n.uuid);
     args.pair("-machine", machine(c));
     args.pair("-cpu", cpu(c));
-    args.pair("-chardev", format!("socket,id=charqmp,fd={},server=on,wait=off", n.monitor));
+    args.pair("-chardev", listens("charqmp", n.passed.monitor));
     args.pair("-mon", "chardev=charqmp,mode=control");
     let (memory, most) = (u64::from(c.memory()), n.host_memory.max(c.memory().into()));
     args.pair("-m", format!("{memory}M,slots={},maxmem={most}M", c.number(QEMU, "memory_slots")));
@@ -127,8 +151,9 @@ pub fn argv(c: &Config, n: &Names<'_>) -> Vec<OsString> {
     match n.memory {
         Memory::Clone { head: Some(fd), .. } => args.pair("-kernel", inherited(fd)),
         _ => {
-            args.pair("-kernel", c.kernel());
-            args.pair("-initrd", c.initrd());
+            let image = |fd: Option<i32>, path: PathBuf| fd.map_or(path, |fd| inherited(fd).into());
+            args.pair("-kernel", image(n.passed.kernel, c.kernel()));
+            args.pair("-initrd", image(n.passed.initrd, c.initrd()));
         }
     }
     args.pair("-append", append(c));
@@ -156,12 +181,28 @@ impl Args {
     }
 }
 
+/// A socket that listens already.
+fn listens(id: &str, fd: i32) -> String {
+    format!("socket,id={id},fd={fd},server=on,wait=off")
+}
+
+/// One that is connected.
+fn connected(id: &str, fd: i32) -> String {
+    format!("socket,id={id},fd={fd}")
+}
+
 fn machine(c: &Config) -> String {
     let accel = match c.accel {
         Accel::Kvm => "kvm",
         Accel::Tcg => "tcg",
     };
-    let mut out = format!("{},accel={accel}", c.machine.name());
+    // Devices that nothing here uses; and a guest's memory is in no core file.
+    let without = match c.machine {
+        Machine::Q35 => "vmport=off,sata=off,smbus=off",
+        Machine::Pc => "vmport=off",
+    };
+    let name = c.machine.name();
+    let mut out = format!("{name},accel={accel},dump-guest-core=off,{without}");
     let more = c.text(QEMU, "machine_accelerators").trim_matches(',');
     if !more.is_empty() {
         out.push(',');
@@ -175,10 +216,17 @@ fn cpu(c: &Config) -> String {
         Accel::Kvm => "host",
         Accel::Tcg => "max",
     };
-    match c.text(QEMU, "cpu_features").trim_matches(',') {
-        "" => model.to_string(),
-        features => format!("{model},{features}"),
+    let mut out = vec![model];
+    out.push(c.text(QEMU, "cpu_features").trim_matches(','));
+    if !c.flag(OURS, "nested") {
+        // A guest that runs VMs of its own reaches the host kernel's code for that.
+        out.push(NO_VIRTUALISATION);
+        if c.accel == Accel::Tcg {
+            out.push(TRANSLATED);
+        }
     }
+    out.retain(|part| !part.is_empty());
+    out.join(",")
 }
 
 fn bridges(c: &Config, args: &mut Args) {
@@ -204,29 +252,27 @@ fn bridges(c: &Config, args: &mut Args) {
 fn serial(n: &Names<'_>, args: &mut Args) {
     args.pair("-device", "virtio-serial-pci,id=serial0");
     args.pair("-device", "virtconsole,chardev=charconsole0,id=console0");
-    let console = escaped(&n.dir.join("console.sock"));
-    args.pair("-chardev", format!("socket,id=charconsole0,path={console},server=on,wait=off"));
+    args.pair("-chardev", listens("charconsole0", n.passed.console));
     let ports = n.channels.iter().filter_map(|c| match c {
-        Channel::Port { name, socket } => Some((name, socket)),
+        Channel::Port { name, .. } => Some(name),
         _ => None,
     });
-    for (i, (name, socket)) in ports.enumerate() {
+    for (i, (name, fd)) in ports.zip(&n.passed.ports).enumerate() {
         args.pair("-device", format!("virtserialport,chardev=charch{i},id=channel{i},name={name}"));
-        let path = escaped(socket);
-        args.pair("-chardev", format!("socket,id=charch{i},path={path},server=on,wait=off"));
+        args.pair("-chardev", listens(&format!("charch{i}"), *fd));
     }
 }
 
 /// The vsock device, whoever carries it.
 fn vsock(n: &Names<'_>, args: &mut Args) {
     for channel in n.channels {
-        match (channel, n.vsock) {
+        match (channel, n.passed.vsock) {
             (Channel::Vsock { cid }, Some(fd)) => args.pair(
                 "-device",
                 format!("vhost-vsock-pci,vhostfd={fd},id=vsock-{cid},guest-cid={cid}"),
             ),
-            (Channel::VhostUserVsock { socket }, _) => {
-                args.pair("-chardev", format!("socket,id=charvsock0,path={}", escaped(socket)));
+            (Channel::VhostUserVsock { .. }, Some(fd)) => {
+                args.pair("-chardev", connected("charvsock0", fd));
                 args.pair("-device", format!("vhost-user-vsock-pci,chardev=charvsock0,id={VSOCK}"));
             }
             _ => {}
@@ -236,9 +282,8 @@ fn vsock(n: &Names<'_>, args: &mut Args) {
 
 /// The directory that QEMU itself serves to the guest, or a virtiofsd, by Kata's tag.
 fn share(c: &Config, n: &Names<'_>, args: &mut Args) {
-    if c.shares_virtiofs() {
-        let socket = escaped(&n.dir.join(VIRTIOFS_SOCKET));
-        args.pair("-chardev", format!("socket,id=char-virtiofs0,path={socket}"));
+    if let Some(fd) = n.passed.share {
+        args.pair("-chardev", connected("char-virtiofs0", fd));
         let device = format!("vhost-user-fs-pci,chardev=char-virtiofs0,tag={SHARE_TAG}");
         args.pair("-device", device);
     }
@@ -252,8 +297,13 @@ fn share(c: &Config, n: &Names<'_>, args: &mut Args) {
     args.pair("-fsdev", format!("local,id=extra-9p-{SHARE_TAG},path={path},{fsdev}"));
 }
 
+/// Whether there is a controller on which Kata's clients plug disks; ours need none.
+fn has_scsi(c: &Config) -> bool {
+    c.text(QEMU, "block_device_driver") == "virtio-scsi" && c.flag(OURS, "kata_calls")
+}
+
 fn disks_and_random(c: &Config, args: &mut Args) {
-    if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
+    if has_scsi(c) {
         args.pair("-device", "virtio-scsi-pci,id=scsi0");
     }
     let source = escaped(Path::new(c.text(QEMU, "entropy_source")));
@@ -297,7 +347,7 @@ fn append(c: &Config) -> String {
     let debug = c.flag(QEMU, "enable_debug");
     let mut out = format!("{KERNEL} {OURS_TOO} {}", if debug { "debug" } else { "quiet" });
     out.push_str(&format!(" panic=1 nr_cpus={}", c.max_cpus()));
-    if c.text(QEMU, "block_device_driver") == "virtio-scsi" {
+    if has_scsi(c) {
         out.push_str(" scsi_mod.scan=none");
     }
     if c.agent_kind == Kind::Kata1 {

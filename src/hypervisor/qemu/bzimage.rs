@@ -7,10 +7,11 @@
 //! Source: Linux's Documentation/arch/x86/boot.rst.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
 
-use nix::sys::memfd::{memfd_create, MFdFlags};
+use crate::sys::sealed;
+use crate::walls::Wall;
 
 /// Where the number of setup sectors stands, and what 0 means there.
 const SETUP_SECTORS: (usize, usize) = (0x1f1, 4);
@@ -22,7 +23,8 @@ const KERNEL: usize = 8192;
 /// Longest head: all sectors that a byte can count.
 const LONGEST: usize = (0xff + 1) * SECTOR + KERNEL;
 
-/// A file in memory with the head of a kernel; `None` when it is no bzImage.
+/// A sealed file in memory with the head of a kernel, which all clones share; `None` when it is
+/// no bzImage.
 ///
 /// # Errors
 /// As open(2), read(2) and memfd_create(2).
@@ -30,9 +32,11 @@ pub fn head(kernel: &Path) -> io::Result<Option<File>> {
     let mut bytes = Vec::new();
     File::open(kernel)?.take(LONGEST as u64).read_to_end(&mut bytes)?;
     let Some(length) = length(&bytes) else { return Ok(None) };
-    let mut file = File::from(memfd_create(c"vmcache-kernel-head", MFdFlags::MFD_CLOEXEC)?);
-    file.write_all(&bytes[..length])?;
-    Ok(Some(file))
+    let copied = match Wall::Seals.stands() {
+        true => sealed::copy(c"vmcache-kernel-head", &mut &bytes[..length])?,
+        false => sealed::unsealed(c"vmcache-kernel-head", &mut &bytes[..length])?,
+    };
+    Ok(Some(copied))
 }
 
 /// Where the place of the version's text stands, counted from [`TEXT_BASE`].

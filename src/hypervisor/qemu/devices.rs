@@ -14,7 +14,6 @@ use std::collections::HashSet;
 use std::error;
 use std::fmt;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 
 use serde_json::{json, Value};
 
@@ -81,10 +80,10 @@ pub struct Drive<'a> {
 /// What a network card is connected to.
 #[derive(Debug)]
 pub enum Link<'a> {
-    /// QEMU's own network, in user space.
-    User,
     /// A tap.
     Tap(BorrowedFd<'a>),
+    /// A connection to who carries its packets: a length of four bytes, big-endian, before each.
+    Stream(BorrowedFd<'a>),
 }
 
 /// A free place for a device.
@@ -168,14 +167,14 @@ pub fn add_disk(qmp: &mut Qmp, drive: &Drive<'_>) -> Result<String, Error> {
 pub fn add_nic(qmp: &mut Qmp, link: &Link<'_>, mac: &str) -> Result<String, Error> {
     let place = Place::find(qmp)?;
     let name = place.name("network");
-    let netdev = match link {
-        Link::User => json!({"type": "user", "id": name}),
-        Link::Tap(fd) => {
-            let passed = json!({"fdname": name});
-            qmp.execute_with("getfd", Some(passed), Some(*fd), QUICK)?;
-            json!({"type": "tap", "id": name, "fd": name})
-        }
+    let (fd, kind) = match link {
+        Link::Tap(fd) => (fd, "tap"),
+        // Not `stream`, which QEMU has since 7.2 only, and which takes no fd by name there.
+        Link::Stream(fd) => (fd, "socket"),
     };
+    let passed = json!({"fdname": name});
+    qmp.execute_with("getfd", Some(passed), Some(*fd), QUICK)?;
+    let netdev = json!({"type": kind, "id": name, "fd": name});
     qmp.execute("netdev_add", Some(netdev), QUICK)?;
     let device = json!({
         "driver": "virtio-net-pci", "id": place.name("virtio-network"), "netdev": name,
@@ -185,11 +184,12 @@ pub fn add_nic(qmp: &mut Qmp, link: &Link<'_>, mac: &str) -> Result<String, Erro
     Ok(place.path())
 }
 
-/// Adds a directory that a virtiofsd serves on this socket; gives its PCI path.
-pub fn add_share(qmp: &mut Qmp, socket: &Path, tag: &str) -> Result<String, Error> {
+/// Adds a directory that a virtiofsd serves on this connection; gives its PCI path.
+pub fn add_share(qmp: &mut Qmp, served: BorrowedFd<'_>, tag: &str) -> Result<String, Error> {
     let place = Place::find(qmp)?;
     let chardev = place.name("charfs");
-    let address = json!({"type": "unix", "data": {"path": socket.display().to_string()}});
+    qmp.execute_with("getfd", Some(json!({"fdname": chardev})), Some(served), QUICK)?;
+    let address = json!({"type": "fd", "data": {"str": chardev}});
     let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
     let added = json!({"id": chardev, "backend": backend});
     qmp.execute("chardev-add", Some(added), QUICK)?;

@@ -10,6 +10,7 @@
 pub mod disk;
 pub mod nic;
 pub mod share;
+pub mod user_net;
 
 use std::error;
 use std::fmt;
@@ -18,10 +19,10 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 pub use disk::{Disk, Format, Image};
-pub use nic::{Network, Nic};
+pub use nic::{Network, Nic, OtherSide};
 
 use super::Vm;
-use crate::hypervisor::qemu::devices::{self, Drive};
+use crate::hypervisor::qemu::devices::{self, Drive, Link};
 use crate::hypervisor::qemu::qmp::{self, Qmp, QUICK};
 
 /// Why something can not be attached.
@@ -36,6 +37,8 @@ pub enum Error {
     Tap { name: String, netns: Option<PathBuf>, what: String, source: Option<io::Error> },
     /// Random bytes or a thread could not be had.
     Host { during: &'static str, source: io::Error },
+    /// The network in user space can not be had.
+    UserNetwork { why: String },
     /// The directory can not be shared.
     Share { path: PathBuf, why: String },
     /// QEMU did not take it.
@@ -58,6 +61,7 @@ impl fmt::Display for Error {
                 write!(f, ": {what}")
             }
             Error::Host { during, .. } => f.write_str(during),
+            Error::UserNetwork { why } => write!(f, "network in user space: {why}"),
             Error::Share { path, why } => write!(f, "share directory {}: {why}", path.display()),
             Error::Device { id, what, .. } => write!(f, "attach {what} to VM {id}"),
         }
@@ -70,7 +74,7 @@ impl error::Error for Error {
             Error::Open { source, .. } | Error::Host { source, .. } => Some(source),
             Error::Tap { source, .. } => source.as_ref().map(|e| e as _),
             Error::Device { source, .. } => Some(source),
-            Error::Image { .. } | Error::Share { .. } => None,
+            Error::Image { .. } | Error::Share { .. } | Error::UserNetwork { .. } => None,
         }
     }
 }
@@ -91,13 +95,28 @@ impl Vm {
         self.plug(&what, |qmp| devices::add_disk(qmp, &drive))
     }
 
-    /// Plugs a network card in; gives its PCI path.
+    /// Plugs a network card in; gives its PCI path. `leased`, who carries its packets in user
+    /// space ends with the calling thread; with the VM in any case.
     ///
     /// # Errors
-    /// [`Error::Device`]; the VM must then be destroyed.
-    pub fn attach_nic(&self, nic: &Nic) -> Result<String, Error> {
+    /// [`Error::Device`] and [`Error::UserNetwork`]; the VM must then be destroyed.
+    pub fn attach_nic(&mut self, nic: &Nic, leased: bool) -> Result<String, Error> {
         let what = || format!("network card {}", nic.mac());
-        self.plug(&what, |qmp| devices::add_nic(qmp, &nic.link(), nic.mac()))
+        let by = match nic.other_side() {
+            OtherSide::Tap(fd) => {
+                let link = Link::Tap(fd.as_fd());
+                return self.plug(&what, |qmp| devices::add_nic(qmp, &link, nic.mac()));
+            }
+            OtherSide::User(by) => by,
+        };
+        let failed = |why: String| Error::UserNetwork { why };
+        let (qemus, carrier) = by.start(self.dir(), leased).map_err(failed)?;
+        let record = carrier.record();
+        self.attendants.push(carrier);
+        let served = self.ledger.serve(self.dir.path(), record);
+        served.map_err(|e| failed(format!("note who carries it: {e}")))?;
+        let link = Link::Stream(qemus.as_fd());
+        self.plug(&what, |qmp| devices::add_nic(qmp, &link, nic.mac()))
     }
 
     fn plug<T>(

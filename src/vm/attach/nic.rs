@@ -1,4 +1,4 @@
-//! Network cards: a tap of the host, or QEMU's own network in user space.
+//! Network cards: a tap of the host, or a network in user space.
 //!
 //! Invariants: a tap is never made, only opened; it may live in another network
 //! namespace, which is entered by a thread that then ends.
@@ -7,7 +7,7 @@ use std::error;
 use std::fmt;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -15,28 +15,26 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sched::{setns, CloneFlags};
 
+use super::user_net::{By, ADDRESSES};
 use super::Error;
-use crate::hypervisor::qemu::devices::Link;
 use crate::sys::process::random;
 use crate::sys::tap;
 use crate::worker::Worker;
 
+/// Whose network code it is where nothing else is said.
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Until a tap must be open.
 const OPENING: Duration = Duration::from_secs(10);
-
-/// QEMU's user network: the guest's address, the host as it sees it, and the
-/// resolver there (docs/system/devices/net.rst).
-const USER: (&str, u8, &str, &str) = ("10.0.2.15", 24, "10.0.2.2", "10.0.2.3");
 
 /// What a network card is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Side {
-    User,
+    User(By),
     Tap { name: String, netns: Option<PathBuf> },
 }
 
 /// A network card that a VM shall have, and what it is in the guest:
-/// `user`, or `tap=NAME[,netns=FILE][,ip=ADDRESS/LENGTH…][,gateway=ADDRESS]`
+/// `user[,by=qemu|passt]`, or `tap=NAME[,netns=FILE][,ip=ADDRESS/LENGTH…][,gateway=ADDRESS]`
 /// `[,dns=ADDRESS…][,mac=MAC][,mtu=BYTES]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
@@ -54,17 +52,25 @@ pub struct Network {
 }
 
 impl Network {
-    /// QEMU's own network in user space: the guest reaches what this process's
-    /// user reaches, this host's own services included, and nobody reaches it.
-    pub fn user() -> Network {
-        let (address, prefix, gateway, dns) = USER;
+    /// A network in user space: the guest reaches what an ordinary program here reaches, by
+    /// QEMU's code this host's own services included, and nobody reaches it.
+    pub fn user(by: By) -> Network {
+        let (address, prefix, gateway, dns) = ADDRESSES;
         let ip = |text: &str| text.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         Network {
             addresses: vec![(ip(address), prefix)],
             gateway: Some(ip(gateway)),
             dns: vec![ip(dns)],
-            ..Network::with(Side::User)
+            ..Network::with(Side::User(by))
         }
+    }
+
+    /// The same, by this QEMU's code where it is by QEMU's.
+    pub fn with_qemu(mut self, program: PathBuf) -> Network {
+        if let Side::User(By::Qemu(path)) = &mut self.side {
+            *path = program;
+        }
+        self
     }
 
     /// The tap of this name, which exists, in the network namespace of this
@@ -86,18 +92,30 @@ impl Network {
             Some(mac) => mac.clone(),
             None => random_mac()?,
         };
-        let tap = match &self.side {
-            Side::User => None,
-            Side::Tap { name, netns } => Some(open_tap(name, netns.as_deref())?),
+        let other_side = match &self.side {
+            Side::User(by) => {
+                by.check().map_err(|why| Error::UserNetwork { why })?;
+                OtherSide::User(by.clone())
+            }
+            Side::Tap { name, netns } => OtherSide::Tap(open_tap(name, netns.as_deref())?),
         };
-        Ok(Nic { tap, mac, wanted: self.clone() })
+        Ok(Nic { other_side, mac, wanted: self.clone() })
     }
 }
 
-/// A network card whose other side is open.
+/// To what a card is connected.
+#[derive(Debug)]
+pub enum OtherSide {
+    /// A tap, open.
+    Tap(OwnedFd),
+    /// A process that will be started; its program is there.
+    User(By),
+}
+
+/// A network card whose other side can be had.
 #[derive(Debug)]
 pub struct Nic {
-    tap: Option<OwnedFd>,
+    other_side: OtherSide,
     mac: String,
     wanted: Network,
 }
@@ -113,9 +131,9 @@ impl Nic {
         &self.wanted
     }
 
-    /// What QEMU shall connect it to.
-    pub fn link(&self) -> Link<'_> {
-        self.tap.as_ref().map_or(Link::User, |fd| Link::Tap(fd.as_fd()))
+    /// To what QEMU shall connect it.
+    pub fn other_side(&self) -> &OtherSide {
+        &self.other_side
     }
 }
 
@@ -191,9 +209,13 @@ impl FromStr for Network {
         let first = parts.next().unwrap_or_default();
         let rest: Vec<_> = parts.collect();
         if first == "user" {
-            return match rest.first() {
-                None => Ok(Network::user()),
-                Some(_) => Err(Misread("user takes no options: its addresses are QEMU's".into())),
+            return match rest[..] {
+                [] | ["by=qemu"] => Ok(Network::user(By::Qemu(QEMU.into()))),
+                ["by=passt"] => Ok(Network::user(By::Passt)),
+                _ => Err(Misread(
+                    "user takes by=qemu or by=passt, and nothing else: its addresses are given"
+                        .into(),
+                )),
             };
         }
         let name = first.strip_prefix("tap=").filter(|n| !n.is_empty()).ok_or_else(|| {
@@ -264,11 +286,15 @@ mod tests {
         assert_eq!(n.side, Side::Tap { name: "t0".into(), netns });
         assert_eq!((n.addresses.len(), n.addresses[1].1, n.mtu), (2, 64, Some(1400)));
         assert_eq!(n.mac.as_deref(), Some("02:ab:00:00:00:01"));
-        assert_eq!("user".parse::<Network>().unwrap(), Network::user());
+        let qemus = |path: &str| Network::user(By::Qemu(path.into()));
+        assert_eq!("user".parse::<Network>().unwrap().with_qemu("/q".into()), qemus("/q"));
+        assert_eq!("user,by=passt".parse(), Ok(Network::user(By::Passt)));
+        let e = qemus("/nonexistent/qemu").open().unwrap_err().to_string();
+        assert!(e.contains("/nonexistent/qemu is not there"), "{e}");
         for (text, words) in [
             ("", "must be `user`"),
             ("tap=", "must be `user`"),
-            ("user,ip=10.0.0.1/8", "takes no options"),
+            ("user,ip=10.0.0.1/8", "takes by=qemu or by=passt"),
             ("tap=t,ip=192.0.2.10", "ADDRESS/LENGTH"),
             ("tap=t,ip=192.0.2.10/33", "no length"),
             ("tap=t,gateway=here", "no IP address"),

@@ -12,10 +12,11 @@
 //! guest does.
 
 use std::ffi::OsString;
-use std::fs;
-use std::os::fd::{AsFd, AsRawFd};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -23,18 +24,21 @@ use crossbeam_channel::after;
 use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::mount::{umount2, MntFlags};
+use nix::sched::{setns, unshare, CloneFlags};
 use nix::sys::stat::Mode;
 
 use super::super::Vm;
 use super::Error;
-use crate::confine::user;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
 use crate::sys::cage::Cage;
 use crate::sys::mount::{attach, read_only};
+use crate::worker::Worker;
 
 /// Pause between looks for its socket.
 const RETRY: Duration = Duration::from_millis(5);
+/// Until a mount is in its place.
+const MOUNTING: Duration = Duration::from_secs(10);
 /// The tag by which the guest finds the directory.
 pub const TAG: &str = "vmcacheRoot";
 
@@ -104,12 +108,10 @@ impl Vm {
         let server = virtiofsd(daemon, &socket, &real, cache, leased).map_err(failed)?;
         let record = server.record();
         self.attendants.push(server);
-        self.ledger
-            .serve(self.dir.path(), record)
-            .and_then(|()| user::let_in(self.dir.path(), &socket))
-            .map_err(|e| failed(e.to_string()))?;
+        self.ledger.serve(self.dir.path(), record).map_err(|e| failed(e.to_string()))?;
         let what = || format!("directory {}", directory.display());
-        self.plug(&what, |qmp| devices::add_share(qmp, &socket, TAG)).map(|_| ())
+        let connected = UnixStream::connect(&socket).map_err(|e| failed(e.to_string()))?;
+        self.plug(&what, |qmp| devices::add_share(qmp, connected.as_fd(), TAG)).map(|_| ())
     }
 
     /// Lets the guest see a directory in the one that it has by 9p, read-only and
@@ -123,19 +125,15 @@ impl Vm {
         let place = self.dir.root();
         let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
         fs::create_dir(&place).map_err(|e| failed(format!("make {}: {e}", place.display())))?;
-        // By fds: whatever the guest makes of that name, nothing leads elsewhere; and
-        // read-only before it is there, so that whoever removes this VM removes no file.
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let spot = open(&place, flags, Mode::empty())
-            .map_err(|e| failed(format!("open {}: {e}", place.display())))?;
-        let bound = read_only(directory).and_then(|tree| attach(tree.as_fd(), spot.as_fd()));
+        // Read-only before it is there, so that whoever removes this VM removes no file.
+        let bound = read_only(directory).and_then(|tree| self.mount_for_qemu(tree, &place));
         match bound.map_err(|e| (Errno::from_raw(e.raw_os_error().unwrap_or(0)), e)) {
             Ok(()) => {}
             Err((Errno::EPERM | Errno::ENOSYS, _)) => return Ok(None),
             Err((_, e)) => return Err(failed(format!("mount it on {}: {e}", place.display()))),
         }
         let undo = || umount2(&place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-        // QEMU may live among other mounts, to which this one does not get through.
+        // QEMU may live among mounts that this process may not enter.
         let qemus = Path::new("/proc").join(self.pid().to_string()).join("root");
         let seen = qemus.join(place.strip_prefix("/").unwrap_or(&place));
         let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
@@ -146,4 +144,28 @@ impl Vm {
         }
         Ok(Some(name))
     }
+
+    /// Puts a mount where QEMU sees it: among its own mounts, where it has some.
+    fn mount_for_qemu(&self, tree: OwnedFd, place: &Path) -> io::Result<()> {
+        let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt"));
+        let pid = self.pid().to_string();
+        if space(&pid)? == space("self")? {
+            return put(&tree, place);
+        }
+        let (theirs, place) = (File::open(format!("/proc/{pid}/ns/mnt"))?, place.to_path_buf());
+        // Among them for the time of one mount: a thread of its own, which then ends.
+        let thread = Worker::spawn("vmc-mounts", move || -> io::Result<()> {
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(theirs, CloneFlags::CLONE_NEWNS)?;
+            put(&tree, &place)
+        });
+        thread.and_then(|t| t.join(MOUNTING)).map_err(io::Error::other)?
+    }
+}
+
+/// By fds: whatever the guest makes of that name, nothing leads elsewhere.
+fn put(tree: &OwnedFd, place: &Path) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let spot = open(place, flags, Mode::empty())?;
+    attach(tree.as_fd(), spot.as_fd())
 }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Source;
-use crate::agent::address::{Address, HYBRID_SOCKET};
+use crate::agent::address::{Address, HYBRID_SOCKET, VSOCK_DIR};
 use crate::agent::seat::{Channel, ProxyCommand, Seat, Way};
 use crate::agent::{self, Agent, Kind};
 use crate::config::options::{OURS, PROXY, QEMU};
 use crate::config::{Config, Transport};
-use crate::confine::{user, Confinement};
+use crate::confine::Confinement;
 use crate::hypervisor::qemu::argv::{SHARED, VIRTIOFS_SOCKET};
 use crate::process::attendant::{Attendant, Role};
 use crate::proto::cache::GrpcVM;
@@ -88,7 +88,7 @@ pub fn before_qemu(
             "--uds-path".into(),
             dir.join(HYBRID_SOCKET).into_os_string(),
         ];
-        let cage = confinement.vsock_device(&device)?;
+        let cage = confinement.vsock_device(&device, VSOCK_DIR)?;
         let mut device = Attendant::start(Role::Vsock, &device, &args, &[], leased, cage)?;
         listening(&mut device, socket, within.min(LISTENING))?;
         out.push(device);
@@ -100,9 +100,7 @@ pub fn before_qemu(
             given => given,
         };
         let program = PathBuf::from(config.text(QEMU, "virtio_fs_daemon"));
-        let server = virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased)?;
-        user::let_in(dir, &socket)?;
-        out.push(server);
+        out.push(virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased)?);
     }
     Ok(out)
 }

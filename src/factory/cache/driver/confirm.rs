@@ -11,6 +11,7 @@ use super::{Driver, KILL};
 use crate::events::event;
 use crate::sys::process::pidfd_kill;
 use crate::vm::ledger::Owner;
+use crate::vm::{notes, private};
 
 impl Driver {
     /// A VM that has to be confirmed; what is told when it is not in time.
@@ -40,6 +41,9 @@ impl Driver {
                     GRACE.as_secs()
                 );
                 self.pool.board.facts().counters.claims_unconfirmed += 1;
+                if let Some(owner) = &handed.ledger.owner {
+                    self.pool.quotas.unconfirmed(owner.uid);
+                }
                 let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
             }
         }
@@ -81,13 +85,27 @@ impl Driver {
         }
     }
 
+    /// Its owner, or who else may, notes something about it.
+    pub(super) fn note(&mut self, asked: Asked, kind: notes::Kind, text: &[u8]) {
+        let Asked { id, by, reply } = asked;
+        let noted = self.find(&id).and_then(|(pid, owner)| {
+            if !may(&by, owner) {
+                return Err(Refusal::NotYours);
+            }
+            let Some(handed) = self.handed.get(&pid) else { return Err(Refusal::NoSuchVm) };
+            private::replace(&handed.dir, kind.file(), text).map_err(|e| {
+                log::warn!("note {} of VM {id}: {e}", kind.file());
+                Refusal::NotNoted
+            })
+        });
+        let _ = reply.send(noted);
+    }
+
     /// Its claimer, or who else may, does not want it any more.
     pub(super) fn release(&mut self, asked: Asked) {
         let Asked { id, by, reply } = asked;
-        let own = nix::unistd::geteuid().as_raw();
         let released = self.find(&id).and_then(|(pid, owner)| {
-            let claimer = owner.is_some_and(|o| o.uid == by.uid);
-            if !claimer && by.uid != 0 && by.uid != own {
+            if !may(&by, owner) {
                 return Err(Refusal::NotYours);
             }
             if let Some(handed) = self.handed.get(&pid) {
@@ -98,4 +116,11 @@ impl Driver {
         });
         let _ = reply.send(released);
     }
+}
+
+/// Whether a process may do with a VM as its owner may: the same user's, root's and the
+/// server's.
+fn may(by: &Owner, owner: Option<Owner>) -> bool {
+    let own = nix::unistd::geteuid().as_raw();
+    owner.is_some_and(|o| o.uid == by.uid) || by.uid == 0 || by.uid == own
 }

@@ -29,6 +29,7 @@ impl Driver {
                 Event::Confirm(asked) => self.confirm(asked, false),
                 Event::Keep(asked) => self.confirm(asked, true),
                 Event::Release(asked) => self.release(asked),
+                Event::Note { asked, kind, text } => self.note(asked, kind, &text),
                 Event::Claim(place) => {
                     self.pool.left_line(&place);
                     let _ = place.give(Answer::Closing);

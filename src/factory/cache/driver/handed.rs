@@ -5,7 +5,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::super::board::Seen;
 use super::super::pool::{Delivered, Ready};
+use super::super::quota::Share;
 use super::{Driver, Handed, Watched, KILL};
+use nix::unistd::geteuid;
+
 use crate::confine::cgroup;
 use crate::events::event;
 use crate::process::attendant::Role;
@@ -20,7 +23,7 @@ const DYING: Duration = Duration::from_millis(200);
 impl Driver {
     pub(super) fn delivered(&mut self, vm: Delivered, waited: bool, took: Duration) {
         self.pool.out_of_hands();
-        let Some((vm, owner)) = vm.take() else { return };
+        let Some((vm, owner, share)) = vm.take() else { return };
         {
             let mut facts = self.pool.board.facts();
             facts.claim.add(took);
@@ -33,7 +36,8 @@ impl Driver {
                 seen.outdated = false;
             }
         }
-        if !owner.unconfirmed {
+        let roots = owner.uid == 0 || owner.uid == geteuid().as_raw();
+        if !owner.unconfirmed && (roots || self.lifts_limits) {
             // Kata's: it makes its VM larger without a word, and moves it into a cgroup of its own.
             if let Err(e) = cgroup::limit_memory(vm.dir(), None) {
                 log::warn!("leave the memory of VM {} to its client: {e}", vm.id());
@@ -51,7 +55,7 @@ impl Driver {
             owner.uid,
             if owner.lease { ", for as long as it lives" } else { "" }
         );
-        self.follow(vm, Some(owner));
+        self.follow(vm, Some(owner), Some(share));
     }
 
     /// Follows a VM that a server before this one handed out.
@@ -62,7 +66,8 @@ impl Driver {
         let seen = Seen::of(&vm, State::Handed, Instant::now());
         self.pool.board.facts().vms.insert(vm.pid(), seen);
         let owner = vm.ledger().owner;
-        self.follow(vm, owner);
+        let share = owner.map(|o| self.pool.quotas.inherit(o.uid, vm.memory_mib()));
+        self.follow(vm, owner, share);
     }
 
     /// A VM that stood ready in the pool of a server before this one is of this pool;
@@ -96,7 +101,7 @@ impl Driver {
 
     /// A VM that is its owner's: when it ends, no zombie and no directory stays,
     /// and when it is leased, it ends with its owner.
-    fn follow(&mut self, vm: Vm, owner: Option<Owner>) {
+    fn follow(&mut self, vm: Vm, owner: Option<Owner>, share: Option<Share>) {
         let pid = vm.pid();
         let pidfd = match vm.watch() {
             Ok(pidfd) => pidfd,
@@ -115,8 +120,10 @@ impl Driver {
         let alive = pidfd_alive(pidfd.as_fd());
         let attendants = vm.attendants().iter().filter_map(|a| a.watch().ok()).collect();
         vm.let_go();
-        self.handed
-            .insert(pid, Handed { pidfd, attendants, dir, ledger, lease: None, until: None });
+        self.handed.insert(
+            pid,
+            Handed { pidfd, attendants, dir, ledger, lease: None, until: None, _share: share },
+        );
         if !alive {
             return self.handed_ended(pid);
         }
@@ -156,6 +163,9 @@ impl Driver {
                 handed.ledger.id
             );
             self.pool.board.facts().counters.leases_ended += 1;
+            if let Some(owner) = handed.ledger.owner.filter(|_| handed.until.is_some()) {
+                self.pool.quotas.unconfirmed(owner.uid);
+            }
             let _ = pidfd_kill(handed.pidfd.as_fd(), KILL);
         }
     }

@@ -1,12 +1,9 @@
 //! How many VMs are kept ready, changed while the server runs.
 
-use std::sync::Arc;
-
 use super::super::claim::Answer;
 use super::super::pool::Target;
 use super::Driver;
 use crate::events::event;
-use crate::worker::Worker;
 
 impl Driver {
     /// Is this from now on.
@@ -23,8 +20,7 @@ impl Driver {
         };
         let drained = target == Target::Drained;
         self.pool.drain(drained);
-        self.add_workers(n);
-        self.policy.set_target(n, self.workers.len());
+        self.policy.set_target(n, self.workers.len().min(n.max(1)));
         self.pool.board.facts().target = n;
         if drained {
             while let Some(place) = self.line.pop() {
@@ -34,19 +30,6 @@ impl Driver {
             self.pool.board.facts().waiting = 0;
         }
         self.retire_surplus();
-    }
-
-    /// A larger pool may boot more of its VMs at a time.
-    fn add_workers(&mut self, target: usize) {
-        while self.workers.len() < self.parallel.min(target) {
-            let (source, pool) = (Arc::clone(&self.making), Arc::clone(&self.pool));
-            let jobs = self.jobs_out.clone();
-            let name = format!("vmc-boot-{}", self.workers.len());
-            match Worker::spawn(&name, move || source.work(&pool, &jobs)) {
-                Ok(worker) => self.workers.push(worker),
-                Err(e) => return log::warn!("boot more VMs at a time: {e}"),
-            }
-        }
     }
 
     /// Ends VMs that stand ready beyond the target, the last to have come first.

@@ -18,11 +18,18 @@ fn line_with(text: &str, more: &[Channel]) -> String {
         id: "ID",
         uuid: "UUID",
         dir,
-        monitor: 9,
+        passed: Passed {
+            monitor: 9,
+            console: 10,
+            ports: vec![11, 12, 13, 14],
+            kernel: None,
+            initrd: Some(15),
+            vsock: Some(4),
+            share: None,
+        },
         host_memory: 4096,
         memory: Memory::Own,
         channels: &channels,
-        vsock: Some(4),
     };
     let args: Vec<String> =
         argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();
@@ -34,19 +41,20 @@ const BASE: &str = "[hypervisor.qemu]\nkernel = \"K\"\ninitrd = \"I\"\ndefault_m
 
 #[test]
 fn a_kvm_q35_vm_has_katas_devices() {
-    let expected = "-name sandbox-ID,debug-threads=on -uuid UUID -machine q35,accel=kvm \
-        -cpu host -chardev socket,id=charqmp,fd=9,server=on,wait=off \
+    let expected = "-name sandbox-ID,debug-threads=on -uuid UUID -machine q35,accel=kvm,\
+        dump-guest-core=off,vmport=off,sata=off,smbus=off \
+        -cpu host,vmx=off,svm=off -chardev socket,id=charqmp,fd=9,server=on,wait=off \
         -mon chardev=charqmp,mode=control -m 256M,slots=10,maxmem=4096M \
         -device pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,\
         io-reserve=4k,mem-reserve=1m,pref64-reserve=1m -device virtio-serial-pci,id=serial0 \
         -device virtconsole,chardev=charconsole0,id=console0 \
-        -chardev socket,id=charconsole0,path=/run/vc/vm/ID/console.sock,server=on,wait=off";
+        -chardev socket,id=charconsole0,fd=10,server=on,wait=off";
     let got = line(BASE);
     assert!(got.starts_with(expected), "{got}");
     let end = "-vga none -no-user-config -nodefaults -nographic --no-reboot \
         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
         -object memory-backend-ram,id=dimm1,size=256M -numa node,memdev=dimm1 -kernel K \
-        -initrd I -append";
+        -initrd /proc/self/fd/15 -append";
     assert!(got.contains(end), "{got}");
     assert!(got.ends_with("-smp 1,cores=1,threads=1,sockets=2,maxcpus=2"), "{got}");
     let vsock = "-device vhost-vsock-pci,vhostfd=4,id=vsock-4252714826,guest-cid=4252714826 ";
@@ -56,13 +64,13 @@ fn a_kvm_q35_vm_has_katas_devices() {
 
 #[test]
 fn vsock_in_user_space_has_a_socket_and_shared_memory() {
-    let socket = "/run/vc/vm/ID/vhost.sock".into();
+    let socket = "/run/vc/vm/ID/vsock/vhost.sock".into();
     let got = line_with(
         &format!("{BASE}[vmcache]\ntransport = \"vhost-user-vsock\"\n"),
         &[Channel::VhostUserVsock { socket }],
     );
     for part in [
-        "-chardev socket,id=charvsock0,path=/run/vc/vm/ID/vhost.sock \
+        "-chardev socket,id=charvsock0,fd=4 \
          -device vhost-user-vsock-pci,chardev=charvsock0,id=vsock0",
         "-object memory-backend-memfd,id=dimm1,size=256M,share=on",
     ] {
@@ -79,7 +87,8 @@ fn options_find_their_place() {
          enable_debug = true\nreclaim_guest_freed_memory = true\n[vmcache]\naccel = \"tcg\"\nsandbox = false\n",
     );
     for part in [
-        "-machine pc,accel=tcg,nvdimm=off -cpu max,pmu=off",
+        "-machine pc,accel=tcg,dump-guest-core=off,vmport=off,nvdimm=off \
+         -cpu max,pmu=off,vmx=off,svm=off,min-xlevel=0x8000000a -",
         "pci-bridge,bus=pci.0,id=pci-bridge-0,chassis_nr=1,shpc=on,addr=2",
         "memory-backend-file,id=dimm1,size=2048M,mem-path=/dev/hugepages,share=on,prealloc=on",
         " debug panic=1 ",
@@ -89,6 +98,8 @@ fn options_find_their_place() {
         assert!(got.contains(part), "{part} in {got}");
     }
     assert!(!line(BASE).contains("balloon"));
+    let nested = line(&format!("{BASE}[vmcache]\nnested = true\nkata_calls = false\n"));
+    assert!(nested.contains(" -cpu host -") && !nested.contains("scsi"), "{nested}");
     for part in ["-sandbox", "scsi", "kvm-pit", "quiet"] {
         assert!(!got.contains(part), "no {part} in {got}");
     }
@@ -105,7 +116,7 @@ fn a_comma_in_a_path_is_no_separator() {
 const OTHERWISE: [(&str, &str); 9] = [
     ("-cpu", "the capture's wrapper took pmu=off out"),
     ("-qmp", "a listener that is inherited, so that nobody waits for it to appear"),
-    ("-chardev socket,id=charqmp", "the same"),
+    ("-chardev socket", "the same, for all sockets: QEMU makes none"),
     ("-mon", "the same"),
     ("-daemonize", "its parent holds a pidfd, and reads what it says when it dies"),
     ("-pidfile", "written by the server, before QEMU could"),
@@ -115,7 +126,9 @@ const OTHERWISE: [(&str, &str); 9] = [
 ];
 
 /// What is in one of both only, within a piece.
-const WITHIN: [(&str, &str); 4] = [
+const WITHIN: [(&str, &str); 6] = [
+    (",dump-guest-core=off", "a guest's memory is in no core file"),
+    (",vmport=off", "a device that no feature uses"),
     (",romfile=", "boot ROMs: guests are booted by -kernel"),
     (",disable-modern=true", "Kata takes old virtio in a VM of a VM"),
     (",max_ports=2", "no limit on ports is needed"),
@@ -157,11 +170,10 @@ fn a_vm_of_katas_file_is_katas_but_for_what_is_said() {
         id,
         uuid: "e5370c45-dead-4e0f-9b33-f9f56bab9c24",
         dir: &dir,
-        monitor: 9,
+        passed: Passed { monitor: 9, console: 10, ports: vec![11], ..Passed::default() },
         host_memory: 25129,
         memory: Memory::Own,
         channels: &channels,
-        vsock: None,
     };
     let ours: Vec<String> =
         argv(&config, &names).into_iter().map(|a| a.into_string().unwrap()).collect();
