@@ -21,8 +21,6 @@ pub enum Wall {
     Seals,
     /// A keyring of QEMU's own.
     Keyring,
-    /// A VM's sockets can be reached by nobody before it is handed out.
-    Sockets,
     /// The relay in front of gRPC, with its limits.
     Relay,
     /// Limits of what one user may have.
@@ -46,7 +44,6 @@ impl Wall {
             Wall::Landlock => "landlock",
             Wall::Seals => "seals",
             Wall::Keyring => "keyring",
-            Wall::Sockets => "sockets",
             Wall::Relay => "relay",
             Wall::Quotas => "quotas",
             Wall::Copies => "copies",

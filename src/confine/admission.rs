@@ -11,6 +11,7 @@ use nix::unistd::{geteuid, Group, User};
 use super::user::Whose;
 use crate::config::options::OURS;
 use crate::config::Config;
+use crate::walls::Wall;
 
 /// Who may claim.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +36,7 @@ impl Admission {
         let anybody = users.is_empty() && groups.is_empty();
         let whose = Whose::of(config).map_err(|why| ("user", why))?;
         // A guest's root writes what it likes into a shared directory, as the host's.
-        let given = whose.can_be_given() && !config.shares_virtiofs();
+        let given = whose.can_be_given() && !config.shares_virtiofs() || !Wall::Users.stands();
         Ok(Admission { anybody, given, users, groups })
     }
 

@@ -181,16 +181,25 @@ pub fn of_qemu(serves_files: bool) -> io::Result<Filter> {
         }
     }
     process_itself_only(&mut refused)?;
+    streams_only(&mut refused)?;
+    Filter::of(vec![refused, other_doors()])
+}
+
+/// Unix sockets that carry streams, which no address can be sent to.
+fn streams_only(refused: &mut Refusals) -> io::Result<()> {
     for call in ["socket", "socketpair"] {
         refused.when(call, &[(0, When::IsNot(AF_UNIX))])?;
         for kind in NO_STREAMS {
             refused.when(call, &[(1, When::Masked(KIND, kind))])?;
         }
     }
-    refused.when("sendto", &[(4, When::NotNull)])?;
+    refused.when("sendto", &[(4, When::NotNull)])
+}
+
+fn other_doors() -> Refusals {
     let mut absent = Refusals::new(Errno::ENOSYS);
     OTHER_DOORS.iter().for_each(|call| absent.always(call));
-    Filter::of(vec![refused, absent])
+    absent
 }
 
 /// Signals, limits and priority of this process alone; no namespaces, no signals that the
@@ -220,6 +229,20 @@ fn process_itself_only(refused: &mut Refusals) -> io::Result<()> {
     Ok(())
 }
 
+/// For who carries a guest's vsock: it listens on Unix sockets, and connects none.
+///
+/// # Errors
+/// As [`of_qemu`].
+pub fn of_vsock_device() -> io::Result<Filter> {
+    let mut refused = Refusals::new(Errno::EPERM);
+    let lists: [&[&str]; 6] = [&PROCESSES, &KERNEL, &VIEWS, &SHARED, &WATCHES, &ATTRIBUTES];
+    lists.into_iter().flatten().for_each(|call| refused.always(call));
+    refused.always("connect");
+    process_itself_only(&mut refused)?;
+    streams_only(&mut refused)?;
+    Filter::of(vec![refused, other_doors()])
+}
+
 /// For who speaks for a guest on the host's network: TCP, UDP and ICMP of either version, and
 /// no other sockets; else as QEMU.
 ///
@@ -232,9 +255,7 @@ pub fn of_user_network() -> io::Result<Filter> {
     process_itself_only(&mut refused)?;
     refused.when("socket", &[(0, When::IsNot(AF_INET)), (0, When::IsNot(AF_INET6))])?;
     refused.when("socketpair", &[(0, When::IsNot(AF_UNIX))])?;
-    let mut absent = Refusals::new(Errno::ENOSYS);
-    OTHER_DOORS.iter().for_each(|call| absent.always(call));
-    Filter::of(vec![refused, absent])
+    Filter::of(vec![refused, other_doors()])
 }
 
 #[cfg(test)]
@@ -255,5 +276,6 @@ mod tests {
             of_qemu(serves_files).unwrap();
         }
         of_user_network().unwrap();
+        of_vsock_device().unwrap();
     }
 }

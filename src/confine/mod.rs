@@ -135,7 +135,12 @@ impl<'a> Confinement<'a> {
     /// When what is asked for can not be had.
     pub fn vsock_device(&self, program: &Path, sockets: &str) -> io::Result<Cage> {
         user::sockets(self.dir, sockets, self.account.as_ref())?;
-        self.cage(files::vsock_device(program, &self.dir.join(sockets)))
+        let mut cage = self.cage(files::vsock_device(program, &self.dir.join(sockets)))?;
+        if self.config.flag(OURS, "confine") {
+            cage.calls = Some(calls::of_vsock_device()?);
+            cage.network = network::empty();
+        }
+        Ok(cage)
     }
 
     fn cage(&self, needs: Needs) -> io::Result<Cage> {

@@ -17,3 +17,6 @@
 #[path = "../integration/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+
+mod claimer;
+mod qemu;
