@@ -20,6 +20,11 @@ pub const FAMILIES: &[(&str, &str, &str)] = &[
     ("vmcache_refill_held", "gauge", "Whether no VM is made though some are missing."),
     ("vmcache_threads_stuck", "gauge", "Threads that take longer than they may."),
     ("vmcache_memory_bytes", "gauge", "Memory of the server, resident."),
+    (
+        "vmcache_isolation_info",
+        "gauge",
+        "How guests are executed, and how far they are isolated: vm, weak or none.",
+    ),
     ("vmcache_claims", "counter", "Claims by what came of them, and by the VM's source."),
     ("vmcache_boots", "counter", "VMs made."),
     ("vmcache_boots_failed", "counter", "VMs that could not be made."),
@@ -79,6 +84,11 @@ pub fn openmetrics(status: &Value, form: Form) -> String {
     out.sample("vmcache_threads_stuck", &[], stuck as f64);
     out.family("vmcache_memory_bytes");
     out.sample("vmcache_memory_bytes", &[], number(&status["memory_bytes"]));
+    if let Some(isolation) = status["isolation"]["isolation"].as_str() {
+        out.family("vmcache_isolation_info");
+        let accel = status["isolation"]["accel"].as_str().unwrap_or_default();
+        out.sample("vmcache_isolation_info", &[("accel", accel), ("isolation", isolation)], 1.0);
+    }
     counters(&mut out, &status["counters"], &status["claims"]);
     let failures = status["failures"].as_object().filter(|all| !all.is_empty());
     if failures.is_some() {

@@ -194,6 +194,10 @@ fn render(v: &Value) -> String {
     if let Some(why) = pool["held"].as_str() {
         out.push_str(&format!("       no VM is made: {why}\n"));
     }
+    if let Some(why) = v["isolation"]["why"].as_str().filter(|why| !why.is_empty()) {
+        let word = text(&v["isolation"]["isolation"]);
+        out.push_str(&format!("walls  isolation {word}: {why}\n"));
+    }
     if let Some(counters) = v["counters"].as_object() {
         let list: Vec<String> =
             counters.iter().map(|(k, n)| format!("{} {n}", k.replace('_', " "))).collect();

@@ -8,13 +8,12 @@ use super::Value;
 const WIDTH: usize = 88;
 
 /// What a package sets, other than vmcache's own defaults: in TOML.
-const PACKAGED: [(&str, &str, &str); 6] = [
+const PACKAGED: [(&str, &str, &str); 5] = [
     (QEMU, "kernel", "\"/var/lib/vmcache/guest/vmlinuz\""),
     (QEMU, "initrd", "\"/var/lib/vmcache/guest/initramfs.img\""),
     (FACTORY, "template_path", "\"/run/vmcache/template\""),
     (FACTORY, "vm_cache_endpoint", "\"/run/vmcache/cache.sock\""),
     (OURS, "vm_store_path", "\"/run/vmcache/vm\""),
-    (OURS, "user", "\"vmcache\""),
 ];
 
 /// What whoever has installed it has to choose.

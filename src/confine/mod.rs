@@ -13,6 +13,7 @@
 //! | `cgroup`       | memory, processes and CPU time |
 //! | `label`        | AppArmor's profile, SELinux's label |
 //! | `admission`    | who may claim a VM |
+//! | `isolation`    | how much all of it is, in a word |
 //! | `images`       | kernel and initramfs: whose, and with which digest |
 //!
 //! Invariants: everything is decided before a process is forked; what was asked for
@@ -29,6 +30,7 @@ pub mod capabilities;
 pub mod cgroup;
 pub mod files;
 pub mod images;
+pub mod isolation;
 pub mod label;
 pub mod mounts;
 pub mod network;

@@ -8,9 +8,9 @@ use crate::config::options::OURS;
 use crate::config::{Config, MAX_SOCKET_PATH};
 use crate::confine::admission::Admission;
 
-/// The socket, its directory, the store, and who QEMU is.
+/// The socket, its directory, the store.
 pub fn access(config: &Config) -> Vec<Finding> {
-    vec![socket(config), store(config), claims(config), user(config)]
+    vec![socket(config), store(config), claims(config)]
 }
 
 fn socket(config: &Config) -> Finding {
@@ -64,20 +64,8 @@ fn claims(config: &Config) -> Finding {
             "who may claim",
             State::Note,
             format!("{who}, but only root and uid {own} may claim"),
-            "set `user`, so that VMs can be given to others",
+            "run the server as root, with `user` left out, so that VMs can be given to others",
         ),
         Ok(_) => good("who may claim", who),
-    }
-}
-
-fn user(config: &Config) -> Finding {
-    match config.text(OURS, "user") {
-        "" => finding(
-            "user",
-            State::Note,
-            "QEMU runs as the server's user",
-            "user = \"200000-265535\" gives each VM one of its own",
-        ),
-        user => good("user", format!("QEMU runs as {user}")),
     }
 }

@@ -2,7 +2,8 @@
 //! thing, with the evidence and the remedy.
 //!
 //! Files: `guest` QEMU, KVM, and whether a VM boots; `images` what it is made of; `host`
-//! the kernel, memory and limits; `access` who may connect, and to what.
+//! the kernel, memory and limits; `access` who may connect, and to what; `isolation` how far
+//! guests are kept from the host.
 //!
 //! Invariants: nothing is changed; what can be proven is proven (a guest is booted, since
 //! on some hosts /dev/kvm opens and no guest ever runs), within a deadline.
@@ -11,6 +12,7 @@ mod access;
 mod guest;
 mod host;
 mod images;
+mod isolation;
 
 use serde_derive::Serialize;
 
@@ -77,6 +79,7 @@ pub fn look(config: &Config, boot: bool, watch: Watch<'_>) -> Vec<Finding> {
     all.extend(host::memory(config));
     all.extend(host::limits(config));
     all.extend(access::access(config));
+    all.extend(isolation::isolation_findings(config));
     all.push(guest::boots(config, boot && all.iter().all(|f| f.state != State::Missing), watch));
     all
 }

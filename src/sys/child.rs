@@ -47,6 +47,8 @@ const MPOL_DEFAULT: libc::c_int = 0;
 const PER_LINUX: libc::c_ulong = 0;
 /// keyctl(2).
 const KEYCTL_JOIN_SESSION_KEYRING: libc::c_ulong = 1;
+/// Words of the kernel's struct sigaction, at most.
+const SIGACTION: usize = 4;
 /// Signals that can have a handler: 1 to 64.
 const LAST_SIGNAL: libc::c_int = 64;
 
@@ -132,11 +134,13 @@ pub fn prepare(command: &mut Command, keep: &[BorrowedFd<'_>], leased: bool, mut
 fn own_session(base: &Base) -> io::Result<()> {
     nix::unistd::setsid()?;
     umask(Mode::from_bits_truncate(0o077));
-    // SAFETY: no handler of ours is involved; numbers that have none are refused.
-    unsafe {
-        for signal in 1..=LAST_SIGNAL {
-            libc::signal(signal, libc::SIG_DFL);
-        }
+    // By the system call: the C library keeps two signals to itself, which a parent may have
+    // ignored all the same.
+    let default = [0_u64; SIGACTION];
+    let none = std::ptr::null::<u64>();
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: a structure of the kernel's, all zeros: the default action, no flags, no mask.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8) };
     }
     SigSet::empty().thread_set_mask()?;
     base.take();
@@ -202,4 +206,72 @@ fn keep_open(keep: &[i32]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::process::Process;
+    use crate::worker::Worker;
+
+    /// A thread that is as no child should be: of low priority, on one processor, with signals
+    /// blocked and ignored, late timers, a personality and a memory policy of its own.
+    fn spoil() {
+        let mut one: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        let none = libc::sched_param { sched_priority: 0 };
+        // SAFETY: integers, and pointers to this frame; all but SIGTTIN's action is the thread's.
+        unsafe {
+            libc::CPU_SET(0, &mut one);
+            assert_eq!(libc::sched_setaffinity(0, size_of_val(&one), &raw const one), 0);
+            assert_eq!(libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const none), 0);
+            libc::setpriority(libc::PRIO_PROCESS, 0, 10);
+            libc::syscall(libc::SYS_ioprio_set, IOPRIO_OF_PROCESS, 0, 3 << 13);
+            libc::prctl(libc::PR_SET_TIMERSLACK, 77_000_000_u64, 0, 0, 0);
+            libc::signal(libc::SIGTTIN, libc::SIG_IGN);
+        }
+        SigSet::all().thread_block().unwrap();
+    }
+
+    #[test]
+    fn a_child_of_a_spoiled_thread_is_as_the_list_says() {
+        let says = |spoiled: bool| {
+            let spawn = move || {
+                if spoiled {
+                    spoil();
+                }
+                let script = "umask; pwd; env; exec cat /proc/self/stat /proc/self/timerslack_ns \
+                              /proc/self/status /proc/self/limits";
+                let args = ["-c".into(), script.into()];
+                let sh = Path::new("/bin/sh");
+                let mut child = Process::spawn(sh, &args, &[], false, Cage::default()).unwrap();
+                assert!(child.wait(Duration::from_secs(10)));
+                child.last_words()
+            };
+            Worker::spawn("vmc-spoiled", spawn).unwrap().join(Duration::from_secs(20)).unwrap()
+        };
+        let (spoiled, other) = (says(true), says(false));
+        let lines: Vec<&str> = spoiled.trim_start_matches("it wrote: ").lines().collect();
+        assert_eq!(lines[..3], ["0077", "/", "PWD=/"], "{spoiled}");
+        let stat = lines.iter().find(|l| l.contains(" (cat) ")).unwrap();
+        let fields: Vec<&str> = stat.split(' ').collect();
+        // pid, session, terminal; priority and nice; policy.
+        assert_eq!((fields[0], fields[6]), (fields[5], "0"), "{stat}");
+        assert_eq!((fields[17], fields[18], fields[40]), ("20", "0", "0"), "{stat}");
+        assert!(lines.contains(&"50000"), "timer slack: {spoiled}");
+        let field = |text: &str, key: &str| {
+            let line = text.lines().find(|l| l.starts_with(key)).map(str::to_string);
+            line.unwrap_or_else(|| panic!("no {key} in {text}"))
+        };
+        for (key, none) in [("SigBlk:", "0000000000000000"), ("SigIgn:", "0000000000000000")] {
+            assert!(field(&spoiled, key).ends_with(none), "{}", field(&spoiled, key));
+        }
+        for key in ["Cpus_allowed:", "Mems_allowed:", "CapAmb:", "Groups:"] {
+            assert_eq!(field(&spoiled, key), field(&other, key));
+        }
+        let core = field(&spoiled, "Max core file size");
+        assert_eq!(core.split_whitespace().collect::<Vec<_>>()[4..6], ["1", "1"], "{core}");
+    }
 }

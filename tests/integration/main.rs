@@ -26,6 +26,7 @@
 //! | `hostile`   | noise on the socket, and users who want all of it |
 //! | `confinement` | what QEMU can not do, and who may have a VM |
 //! | `memory`    | hosts that run out of it |
+//! | `devices`   | which devices a running VM has, and no others |
 //! | `resting`   | VMs in the pool: rehearsed, paused, and claimable before that |
 //! | `resize`    | CPUs and memory added, in direct VMs and clones, q35 and pc |
 //! | `templates` | clones: unique, and their template made anew when it breaks |
@@ -46,6 +47,7 @@ mod conformance;
 mod control;
 mod daemon;
 mod deaths;
+mod devices;
 mod doctor;
 mod faults;
 mod guest;

@@ -8,6 +8,7 @@ use serde_derive::Serialize;
 use serde_json::{json, Value};
 
 use super::measures::Histogram;
+use crate::confine::isolation::Isolation;
 use crate::vm::ledger::State;
 use crate::vm::Vm;
 
@@ -114,6 +115,8 @@ pub struct Facts {
     pub failures: BTreeMap<&'static str, u64>,
     /// Why no VM is made, although some are missing.
     pub held: Option<String>,
+    /// How far VMs are isolated.
+    pub isolation: Isolation,
     /// Threads that do not come to an end of what they do.
     pub stuck: Vec<String>,
     /// The last thing that went wrong.
@@ -203,6 +206,7 @@ impl Board {
             "claims": claims,
             "failures": facts.failures,
             "memory_bytes": crate::host::resident_bytes(),
+            "isolation": facts.isolation,
             "stuck": facts.stuck,
             "last_error": facts.last_error,
         })

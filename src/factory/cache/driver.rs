@@ -33,6 +33,7 @@ use super::room::Room;
 use super::watch::Watch;
 use crate::config::options::OURS;
 use crate::config::Config;
+use crate::confine::isolation::isolation;
 use crate::events::event;
 use crate::process::attendant::Role;
 use crate::stuck;
@@ -148,6 +149,7 @@ impl Driver {
             let mut facts = pool.board.facts();
             facts.target = config.pool;
             facts.parallel = config.boot_parallel;
+            facts.isolation = isolation(config);
             let now = SystemTime::now().duration_since(UNIX_EPOCH);
             facts.started = now.map_or(0, |d| d.as_nanos() as u64);
         }
