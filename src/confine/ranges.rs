@@ -96,7 +96,11 @@ fn known(root: &Path) -> Vec<Conflict> {
         let first = defined(&definitions, min).unwrap_or(SUBORDINATE.0);
         let last = defined(&definitions, max).unwrap_or(SUBORDINATE.1);
         let whose = format!("subordinate users, which useradd gives away ({max})");
-        all.push(Conflict { certain: false, first, last, whose });
+        let conflict = Conflict { certain: false, first, last, whose };
+        // Users and groups, mostly, have the same.
+        if !all.iter().any(|c: &Conflict| !c.certain && (c.first, c.last) == (first, last)) {
+            all.push(conflict);
+        }
     }
     all.extend(SYSTEMD.map(|(first, last, whose)| Conflict {
         certain: false,

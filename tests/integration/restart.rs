@@ -338,3 +338,39 @@ fn a_stuck_thread_is_named_while_it_is() {
     wait_for("status to say so", || daemon.status()["stuck"] == serde_json::json!([]));
     assert_nothing_left(&daemon.quit().0);
 }
+
+/// A version of this program whose VMs had fewer walls: what clients have of it goes on; what
+/// waits is ended and replaced.
+#[test]
+fn vms_of_a_version_with_fewer_walls_are_kept_where_they_are_claimed_and_else_replaced() {
+    let prepared = require_qemu!();
+    let options = Options::pool(&prepared, 2);
+    let mut daemon = Daemon::start(&options);
+    let kept = daemon.ok(&["get"]).trim().to_string();
+    daemon.wait_ready(2);
+    let waited = ready(&daemon);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    // As that version wrote them, and with what it made beside a claimed VM's sockets.
+    for dir in crate::daemon::directories(&daemon.store()) {
+        let file = dir.join("vm.json");
+        let text = fs::read_to_string(&file).unwrap();
+        let mut ledger: serde_json::Value = serde_json::from_str(&text).unwrap();
+        (ledger["shape"], ledger["build"]) = ("0".repeat(64).into(), "1".repeat(64).into());
+        fs::write(&file, ledger.to_string()).unwrap();
+        if dir.ends_with(&kept) {
+            fs::create_dir(dir.join("client")).unwrap();
+            let note = "{\"container\":\"main\",\"root\":\"/\"}";
+            fs::write(dir.join("client/workload.json"), note).unwrap();
+        }
+    }
+    let daemon = Daemon::launch(&options, daemon.forsake());
+    daemon.wait_ready(2);
+    let now: Vec<String> = ready(&daemon).into_iter().map(|(id, _)| id).collect();
+    assert!(waited.iter().all(|(id, _)| !now.contains(id)), "{now:?}");
+    assert!(daemon.ok(&["list"]).contains(&kept));
+    assert_eq!(daemon.ok(&["exec", &kept, "--", "echo", "as ever"]), "as ever\n");
+    daemon.ok(&["stop", &kept]);
+    wait_for("its end", || !daemon.store().join(&kept).exists());
+    assert_nothing_left(&daemon.quit().0);
+}
