@@ -110,6 +110,8 @@ pub mod server;
 #[cfg(feature = "host")]
 pub mod stuck;
 #[cfg(feature = "host")]
+pub mod trusted_path;
+#[cfg(feature = "host")]
 pub mod vm;
 #[cfg(feature = "host")]
 pub mod walls;
