@@ -17,3 +17,4 @@
 #[path = "../integration/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+mod paths;
