@@ -1,7 +1,7 @@
 //! Whose a path is: the one check of every path that a configuration, a command line or a
 //! message names, before what is there is read, executed, written or removed.
 //!
-//! The rule ([`policy`]): every component, from `/` on, is root's or this process's user's, and
+//! The rule (`policy`): every component, from `/` on, is root's or this process's user's, and
 //! nobody else may write it. A sticky directory that others may write (/tmp) passes, since the
 //! entry below it must be root's or this user's, too. A symbolic link in a directory that passes
 //! is followed, and where it leads is checked alike. What is opened for writing
@@ -119,16 +119,16 @@ impl TrustedPath {
         TrustedPath::of(path, Kind::Directory)
     }
 
-    /// The same; what of it is missing is made, with that mode.
+    /// The same, or one that others may share; what of it is missing is made, with that mode.
     ///
     /// # Errors
     /// As [`TrustedPath::of`], and mkdir(2).
-    pub fn make_directory(path: &Path, mode: u32) -> io::Result<TrustedPath> {
+    pub fn make_directory(path: &Path, mode: u32, kind: Kind) -> io::Result<TrustedPath> {
         if !Wall::Paths.stands() {
             DirBuilder::new().recursive(true).mode(mode).create(path)?;
             return TrustedPath::unchecked(path);
         }
-        let mut walk = Walk::along(path, Kind::Directory)?;
+        let mut walk = Walk::along(path, kind)?;
         while let Some(name) = walk.rest.pop_front() {
             match walk.step(&name) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}

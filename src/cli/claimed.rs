@@ -29,7 +29,7 @@ fn store(common: &Common) -> Result<PathBuf, Failure> {
             _ => "/run/vc/vm".into(),
         },
     };
-    match check_existing(&store, Kind::Directory).as_ref().map_err(refused) {
+    match check_existing(&store, Kind::SharedDirectory).as_ref().map_err(refused) {
         Err(Some(why)) => Err(Failure::new(FAILED, format!("vm_store_path: {why}"))),
         // Who may not look there knows a VM's whole id.
         Ok(()) | Err(None) => Ok(store),

@@ -63,6 +63,7 @@ impl Config {
     fn unusable(&self, (table, key, path): &Named, e: &io::Error, remedy: &str) -> Error {
         let why = match refused(e) {
             Some(untrusted) => untrusted.to_string(),
+            None if path.as_os_str().is_empty() => format!("is not set; {remedy}"),
             None => format!("{e}; {remedy}"),
         };
         self.bad_file(table, key, path, why)
@@ -111,10 +112,6 @@ impl Config {
             return Err(self.bad_file(QEMU, "kernel", &named.2, why));
         }
         let named = self.named(QEMU, "initrd");
-        if named.2.as_os_str().is_empty() {
-            let why = "is not set; `vmcache mkinitrd` makes one".to_string();
-            return Err(self.bad_file(QEMU, "initrd", &named.2, why));
-        }
         let remedy = "`vmcache mkinitrd` makes one";
         let head = first_bytes(&named.2).map_err(|e| self.unusable(&named, &e, remedy))?;
         if !ARCHIVES.iter().any(|magic| head.starts_with(magic)) {
@@ -136,7 +133,7 @@ impl Config {
     pub fn check_places(&self) -> Result<(), Error> {
         let refuse = |named: &Named, e: io::Error| match refused(&e) {
             Some(why) => Err(self.bad_file(named.0, named.1, &named.2, why.to_string())),
-            // It is missing, or this user can not look: who uses it will tell.
+            // It is missing, or this user cannot look: whoever uses it will tell.
             None => Ok(()),
         };
         for (named, kind) in self.places() {
@@ -157,7 +154,7 @@ impl Config {
 
     /// Directories, sockets and devices, and as what each is wanted.
     fn places(&self) -> Vec<(Named, Kind)> {
-        let mut all = vec![(self.named(OURS, "vm_store_path"), Kind::Directory)];
+        let mut all = vec![(self.named(OURS, "vm_store_path"), Kind::SharedDirectory)];
         if self.flag(FACTORY, "enable_template") {
             all.push((self.named(FACTORY, "template_path"), Kind::Directory));
         }

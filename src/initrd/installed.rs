@@ -152,10 +152,7 @@ pub fn build(
         (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => (parent, name),
         _ => return Err(failed(io::Error::other("it must be an absolute path below another"))),
     };
-    let above = match TrustedPath::of(parent, PathKind::SharedDirectory) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => TrustedPath::make_directory(parent, 0o755),
-        checked => checked,
-    };
+    let above = TrustedPath::make_directory(parent, 0o755, PathKind::SharedDirectory);
     let above = above.map_err(failed)?;
     Destination::of(place).and_then(|place| place.check_owner()).map_err(failed)?;
     // One at a time; whoever comes second has the last word.

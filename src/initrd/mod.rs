@@ -112,7 +112,7 @@ impl error::Error for Error {
 /// # Errors
 /// See [`Error`].
 pub fn pack(recipe: &Recipe) -> Result<Packed, Error> {
-    // First, so that what can not be written is not made.
+    // First, so that what cannot be written is not made.
     let failed = |source| Error::Write { path: recipe.output.clone(), source };
     let place = Destination::named(&recipe.output).map_err(failed)?;
     let draft = place.draft().map_err(failed)?;

@@ -73,7 +73,7 @@ impl Process {
     /// kernel kills it when the calling thread ends. It is left with what `cage` says.
     ///
     /// # Errors
-    /// When the executable can not be started, or is not only root's and this user's
+    /// When the executable cannot be started, or is not only root's and this user's
     /// ([`crate::trusted_path`]).
     #[allow(clippy::disallowed_methods)] // The one place where they are started.
     pub fn spawn(

@@ -43,7 +43,7 @@ pub struct Kept {
 /// Makes the store when it is missing, and sweeps it.
 ///
 /// # Errors
-/// When the store can not be made or written, or is not only root's and this user's.
+/// When the store cannot be made or written, or is not only root's and this user's.
 pub fn sweep(config: &Config) -> io::Result<Kept> {
     let (store, endpoint) = (&config.store(), config.endpoint());
     dir::make_store(store)?;

@@ -302,22 +302,23 @@ fn what_is_not_wanted_is_refused_unopened() {
 #[test]
 fn directories_are_made_where_they_stay_ones_own() {
     let tree = Tree::new("made");
-    let made = TrustedPath::make_directory(&tree.0.join("a/b/../c"), 0o700).unwrap();
+    let made =
+        TrustedPath::make_directory(&tree.0.join("a/b/../c"), 0o700, Kind::Directory).unwrap();
     assert_eq!(made.path(), fs::canonicalize(&tree.0).unwrap().join("a/c"));
     assert_eq!(fs::metadata(made.path()).unwrap().mode() & 0o7777, 0o700);
     assert!(tree.0.join("a/b").is_dir());
-    let again = TrustedPath::make_directory(&tree.0.join("a/c"), 0o711).unwrap();
+    let again = TrustedPath::make_directory(&tree.0.join("a/c"), 0o711, Kind::Directory).unwrap();
     assert_eq!(again.path(), made.path());
     chown(tree.0.join("a"), Some(EVE), None).unwrap();
-    assert!(TrustedPath::make_directory(&tree.0.join("a/new"), 0o700).is_err());
+    assert!(TrustedPath::make_directory(&tree.0.join("a/new"), 0o700, Kind::Directory).is_err());
     assert!(!tree.0.join("a/new").exists());
     // Where root's own link leads, and not where another's does.
     symlink(tree.0.join("elsewhere"), tree.0.join("link")).unwrap();
-    let made = TrustedPath::make_directory(&tree.0.join("link"), 0o700).unwrap();
+    let made = TrustedPath::make_directory(&tree.0.join("link"), 0o700, Kind::Directory).unwrap();
     assert_eq!(made.path(), fs::canonicalize(tree.0.join("elsewhere")).unwrap());
     symlink(tree.0.join("further"), tree.0.join("theirs")).unwrap();
     lchown(tree.0.join("theirs"), Some(EVE), None).unwrap();
-    assert!(TrustedPath::make_directory(&tree.0.join("theirs"), 0o700).is_err());
+    assert!(TrustedPath::make_directory(&tree.0.join("theirs"), 0o700, Kind::Directory).is_err());
     assert!(!tree.0.join("further").exists());
 }
 
@@ -362,7 +363,7 @@ fn what_is_written_is_written_there_and_nowhere_else() {
     refused(place("eves").replace(b"x").unwrap_err(), "is uid");
     refused(place("eves").check_owner().unwrap_err(), "is uid");
     assert_eq!(fs::read_to_string(&eves).unwrap(), "eve's");
-    // Made anew whatever is there, and not through it.
+    // A new file, whatever is there, and not through it.
     place("link").create(0o644).unwrap();
     witness();
     assert!(!tree.0.join("link").is_symlink());

@@ -154,10 +154,10 @@ impl VmDir {
 /// Makes a store, or what of it is missing.
 ///
 /// # Errors
-/// When others could put another one into its place, or entries into it; as mkdir(2).
+/// When others could put another one, or another VM's directory, into its place; as mkdir(2).
 pub fn make_store(store: &Path) -> io::Result<TrustedPath> {
     // Its VMs' users pass through it.
-    TrustedPath::make_directory(store, 0o711)
+    TrustedPath::make_directory(store, 0o711, Kind::SharedDirectory)
 }
 
 /// Directories in a store whose makers were killed before these had their names.
@@ -169,7 +169,9 @@ pub fn forsaken(store: &Path) -> Vec<PathBuf> {
         Some(start_time(pid) != Some(since) || state(pid) == Some('Z'))
     };
     let names = entries.filter(|e| e.file_name().to_str().and_then(gone) == Some(true));
-    names.map(|e| e.path()).collect()
+    // Where others share the store, theirs are none of a server's.
+    let ours = |p: &PathBuf| check_existing(p, Kind::SharedDirectory).is_ok();
+    names.map(|e| e.path()).filter(ours).collect()
 }
 
 /// A mount below a directory; also when it can not be known that there is none.
@@ -244,8 +246,8 @@ impl Drop for VmDir {
         if self.let_go {
             return;
         }
-        // As root, never in another user's store: that is its server's to remove.
-        if let Err(e) = self.path.parent().map_or(Ok(()), |s| check_existing(s, Kind::Directory)) {
+        // As root, nothing in another user's store: that is its server's to remove.
+        if let Err(e) = check_existing(&self.path, Kind::SharedDirectory) {
             if refused(&e).is_some() {
                 log::warn!("the VM directory {} is left: {e}", self.path.display());
                 return;

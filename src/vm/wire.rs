@@ -123,7 +123,7 @@ pub fn from_wire(
         .filter(|d| d.file_name().is_some_and(|n| n == message.id.as_str()))
         .ok_or_else(|| bad(format!("monitor {:?} is not in its directory", read.monitor)))?;
     // As root, never where another user decides what stands in a VM's directory.
-    if let Err(e) = check_existing(dir.parent().unwrap_or(&dir), Kind::Directory) {
+    if let Err(e) = check_existing(&dir, Kind::SharedDirectory) {
         if let Some(why) = refused(&e) {
             return Err(bad(why.to_string()));
         }

@@ -358,6 +358,30 @@ fn a_store_that_is_swapped_has_nothing_of_roots_removed() {
     assert!(there(&names) < names.len(), "the attack did nothing");
 }
 
+/// A store that others share, as a tmpfs is where nobody says otherwise: what they put there is
+/// neither a VM nor what a killed server left.
+#[test]
+fn what_others_put_into_a_shared_store_is_theirs() {
+    let place = Place::new();
+    let store = place.path("state/vm");
+    chmod(&store, 0o1777);
+    let names = ["tree-1", ".new-0-7-tree-2"];
+    let there = || names.iter().filter(|name| store.join(name).join("eves").exists()).count();
+    for name in names {
+        fs::create_dir(store.join(name)).unwrap();
+        fs::write(store.join(name).join("eves"), "").unwrap();
+        fs::write(store.join(name).join("vm.json"), place.ledger(name)).unwrap();
+        chown(store.join(name).join("vm.json"), Some(EVE), None).unwrap();
+        chown(store.join(name), Some(EVE), None).unwrap();
+    }
+    Serving::start(&place, Path::new(env!("CARGO_BIN_EXE_vmcache")), &[]).stop();
+    assert_eq!(there(), 2);
+    let (code, said) = place.run(&["stop", "tree-1"]);
+    assert!(code == Some(1) && said.contains("no VM"), "{said}");
+    Serving::unwalled(&place).stop();
+    assert_eq!(there(), 0, "the wall was not what kept them");
+}
+
 /// A template's lock, and what it is read from.
 #[test]
 fn a_templates_directory_is_root_s_or_is_none() {

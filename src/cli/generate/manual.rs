@@ -224,8 +224,8 @@ fn whose_paths(page: &mut Roff) {
     )]);
     for text in [
         "A directory that others may write and that is sticky, as /tmp, passes, since the entry \
-         below it must be root's or this user's. vm_store_path, template_path and conf.d may not \
-         be such a directory themselves.",
+         below it must be root's or this user's. template_path and conf.d may not be such a \
+         directory themselves.",
         "A symbolic link is followed where nobody else can change it, and where it leads must \
          pass alike. What is written, locked or replaced is never a link.",
         "A FIFO, a socket or a device where a file is needed is refused, and not opened. So is a \

@@ -14,7 +14,7 @@ use super::args::{Cli, Generate};
 use super::output::{Failure, FAILED};
 use super::Outcome;
 use crate::config::sample;
-use crate::trusted_path::{Destination, TrustedPath};
+use crate::trusted_path::{Destination, Kind, TrustedPath};
 
 /// Permissions of the directory, where it is made.
 const DIRECTORY: u32 = 0o755;
@@ -28,7 +28,7 @@ pub fn generate(g: &Generate) -> Outcome {
 
 fn write(dir: &Path) -> io::Result<()> {
     if geteuid().is_root() {
-        TrustedPath::make_directory(dir, DIRECTORY)?;
+        TrustedPath::make_directory(dir, DIRECTORY, Kind::SharedDirectory)?;
     } else {
         std::fs::create_dir_all(dir)?;
     }

@@ -124,7 +124,7 @@ impl Template {
     /// What there is.
     ///
     /// # Errors
-    /// When the files that it is made from can not be read, or others can change its own.
+    /// When the files that it is made from cannot be read, or others can change its own.
     pub fn status(&self) -> io::Result<Status> {
         let path = path(&self.config);
         check_existing(&path, Kind::Directory)?;

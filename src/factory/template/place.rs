@@ -21,7 +21,7 @@ use nix::sys::statfs::{fstatfs, TMPFS_MAGIC};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::geteuid;
 
-use crate::trusted_path::{Destination, TrustedPath};
+use crate::trusted_path::{Destination, Kind, TrustedPath};
 
 /// Name by which a tmpfs of ours is known in the mount table.
 const SOURCE: &str = "vmcache-template";
@@ -105,7 +105,8 @@ impl Place {
     /// See [`Error`].
     pub fn open(path: &Path, memory: u32, within: Duration) -> Result<Place, Error> {
         let failed = |during, source: io::Error| Error::Io { during, path: path.into(), source };
-        let made = TrustedPath::make_directory(path, 0o700).map_err(|e| failed("make", e))?;
+        let made = TrustedPath::make_directory(path, 0o700, Kind::Directory)
+            .map_err(|e| failed("make", e))?;
         // As the mount table has it.
         let path = made.path().to_path_buf();
         // Whoever mounts has the lock of what is below the mount.
