@@ -29,9 +29,11 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component as Part, Path, PathBuf};
 
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{open, openat, readlinkat, OFlag};
 use nix::sys::stat::{fstat, mkdirat, FileStat, Mode, SFlag};
@@ -77,6 +79,8 @@ pub enum Kind {
 pub struct TrustedPath {
     fd: OwnedFd,
     path: PathBuf,
+    /// The directory that it is in; none for `/`.
+    above: Option<OwnedFd>,
 }
 
 impl TrustedPath {
@@ -150,7 +154,7 @@ impl TrustedPath {
     fn unchecked(path: &Path) -> io::Result<TrustedPath> {
         let fd = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         let path = std::fs::read_link(by_fd(fd.as_fd()))?;
-        Ok(TrustedPath { fd, path })
+        Ok(TrustedPath { fd, path, above: None })
     }
 
     /// Opens it, to be read.
@@ -158,8 +162,8 @@ impl TrustedPath {
     /// # Errors
     /// As open(2).
     pub fn open(&self) -> io::Result<File> {
-        // The kernel's link to the very file.
-        File::open(by_fd(self.fd.as_fd()))
+        let above = self.above.as_ref().map(AsFd::as_fd);
+        reopened(self.as_fd(), above.zip(self.path.file_name()), OFlag::O_RDONLY)
     }
 
     /// The names in a directory.
@@ -167,12 +171,19 @@ impl TrustedPath {
     /// # Errors
     /// As open(2) and getdents(2); when there are more than [`MAX_NAMES`].
     pub fn names(&self) -> io::Result<Vec<OsString>> {
-        let entries = std::fs::read_dir(by_fd(self.as_fd()))?.take(MAX_NAMES + 1);
-        let names: Vec<_> = entries.map(|e| Ok(e?.file_name())).collect::<io::Result<_>>()?;
-        match names.len() > MAX_NAMES {
-            true => Err(io::Error::other(format!("it has more than {MAX_NAMES} entries"))),
-            false => Ok(names),
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut names = Vec::new();
+        for entry in Dir::openat(&self.fd, ".", flags, Mode::empty())?.iter() {
+            let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_os_string();
+            if name == "." || name == ".." {
+                continue;
+            }
+            if names.len() == MAX_NAMES {
+                return Err(io::Error::other(format!("it has more than {MAX_NAMES} entries")));
+            }
+            names.push(name);
         }
+        Ok(names)
     }
 
     /// Its path, without symbolic links.
@@ -224,6 +235,34 @@ pub fn check_existing_below(base: &Path, path: &Path, kind: Kind) -> io::Result<
 /// The kernel's own link to what an fd is.
 fn by_fd(fd: BorrowedFd<'_>) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
+}
+
+/// Another opening of what an fd names. In a root without /proc, by the name that it has above,
+/// if it is still the same.
+fn reopened(
+    fd: BorrowedFd<'_>,
+    above: Option<(BorrowedFd<'_>, &OsStr)>,
+    flags: OFlag,
+) -> io::Result<File> {
+    match open(&by_fd(fd), flags | OFlag::O_CLOEXEC, Mode::empty()) {
+        Err(Errno::ENOENT) => reopened_by_name(fd, above.ok_or(Errno::ENOENT)?, flags),
+        opened => Ok(opened?.into()),
+    }
+}
+
+fn reopened_by_name(
+    fd: BorrowedFd<'_>,
+    (above, name): (BorrowedFd<'_>, &OsStr),
+    flags: OFlag,
+) -> io::Result<File> {
+    // What is there now is not waited for, whatever it is.
+    let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let opened = openat(above, name, flags, Mode::empty())?;
+    let (checked, found) = (fstat(fd)?, fstat(&opened)?);
+    match (checked.st_dev, checked.st_ino) == (found.st_dev, found.st_ino) {
+        true => Ok(opened.into()),
+        false => Err(Errno::ESTALE.into()),
+    }
 }
 
 /// A path's components, without the root.
@@ -347,7 +386,7 @@ impl Walk {
 
     /// Whether an entry passes.
     fn look(&self, name: &OsStr, fd: BorrowedFd<'_>, stat: &FileStat) -> io::Result<Standing> {
-        let component = Component::of(stat, || has_list(fd));
+        let component = Component::of(stat, || has_list(fd, &self.named(name)));
         let last = self.rest.is_empty() && !self.steps.is_empty();
         if last && self.kind == Kind::Socket && component.is(SFlag::S_IFSOCK) {
             // Who connects trusts who may have put it there.
@@ -373,16 +412,23 @@ impl Walk {
         let Some(Step { fd, stat, standing, .. }) = self.steps.pop() else {
             return Err(Errno::ENOENT.into());
         };
+        let above = self.steps.pop().map(|step| step.fd);
         match policy::wanted(self.kind, &Component::of(&stat, || false), standing) {
-            Ok(()) => Ok(TrustedPath { fd, path }),
+            Ok(()) => Ok(TrustedPath { fd, path, above }),
             Err(fault) => Err(Untrusted::new(path, fault, self.asker).into()),
         }
     }
 }
 
 /// Whether a file has an access control list beyond its mode.
-fn has_list(fd: BorrowedFd<'_>) -> bool {
-    match xattr::get_deref(by_fd(fd), "system.posix_acl_access") {
+fn has_list(fd: BorrowedFd<'_>, path: &Path) -> bool {
+    const NAME: &str = "system.posix_acl_access";
+    let list = match xattr::get_deref(by_fd(fd), NAME) {
+        // A root without /proc.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => xattr::get(path, NAME),
+        list => list,
+    };
+    match list {
         Ok(list) => list.is_some(),
         // The file system has none.
         Err(e) => e.raw_os_error() != Some(Errno::EOPNOTSUPP as i32),

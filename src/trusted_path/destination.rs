@@ -18,7 +18,7 @@ use nix::sys::stat::{fstat, Mode, SFlag};
 use nix::unistd::{geteuid, unlinkat, UnlinkatFlags};
 
 use super::policy::{ours, replaceable, writable, Asker, Component, Fault, Untrusted};
-use super::{by_fd, has_list, Kind, TrustedPath, LOOKED_AT};
+use super::{has_list, reopened, Kind, TrustedPath, LOOKED_AT};
 use crate::sys::process::random;
 use crate::walls::Wall;
 
@@ -105,7 +105,8 @@ impl Destination {
             Err(Errno::ENOENT) => Ok(None),
             Err(e) => Err(e.into()),
             Ok(fd) => {
-                let component = Component::of(&fstat(&fd)?, || has_list(fd.as_fd()));
+                let list = || has_list(fd.as_fd(), &self.path());
+                let component = Component::of(&fstat(&fd)?, list);
                 Ok(Some((fd, component)))
             }
         }
@@ -166,8 +167,8 @@ impl Destination {
             return File::options().read(true).write(write).open(self.path());
         }
         let fd = self.checked()?.ok_or(io::ErrorKind::NotFound)?;
-        // The kernel's link to the very file.
-        File::options().read(true).write(write).open(by_fd(fd.as_fd()))
+        let flags = if write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+        reopened(fd.as_fd(), Some((self.directory(), self.name())), flags)
     }
 
     /// Opens the file that is there, to be read and written, or an empty one that is made.

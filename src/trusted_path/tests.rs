@@ -374,6 +374,28 @@ fn what_is_written_is_written_there_and_nowhere_else() {
     }
 }
 
+/// In a root without /proc there is only the name: it must still be what was checked.
+#[test]
+fn without_proc_a_file_is_opened_by_its_name_if_it_is_the_same() {
+    let tree = Tree::new("proc");
+    let file = tree.file("f", "text");
+    let checked = TrustedPath::file(&file).unwrap();
+    let open = || {
+        let above = checked.above.as_ref().unwrap().as_fd();
+        reopened_by_name(checked.as_fd(), (above, OsStr::new("f")), OFlag::O_RDONLY)
+    };
+    let mut text = String::new();
+    open().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "text");
+    fs::remove_file(&file).unwrap();
+    assert_eq!(open().unwrap_err().kind(), io::ErrorKind::NotFound);
+    mkfifo(&file, Mode::S_IRWXU).unwrap();
+    assert_eq!(open().unwrap_err().raw_os_error(), Some(Errno::ESTALE as i32));
+    fs::remove_file(&file).unwrap();
+    symlink("/etc/passwd", &file).unwrap();
+    assert!(open().is_err());
+}
+
 /// Swaps a name between three things, as fast as it can, until it is told to stop; how often.
 fn swapping(tree: &Path, least: u32, stop: &Arc<AtomicBool>) -> Worker<u32> {
     let (tree, stop) = (tree.to_path_buf(), Arc::clone(stop));
