@@ -434,6 +434,43 @@ fn a_restart_does_not_execute_what_another_user_can_replace() {
     server.stop();
 }
 
+/// quickstart's directory in memory: one that is remembered is its user's own, or another is
+/// made, of a name that nobody knows before.
+#[test]
+fn quickstarts_directory_is_not_another_users() {
+    let place = Place::new();
+    let script = fs::read_to_string("packaging/quickstart").unwrap();
+    let lines = script.lines().skip_while(|l| !l.starts_with("run=$(cat"));
+    let mut part: Vec<&str> = lines.take_while(|l| !l.starts_with("configure()")).collect();
+    part.insert(0, "set -euo pipefail");
+    part.push("echo \"$run\"");
+    let run = || {
+        let mut bash = Command::new("bash");
+        bash.args(["-c", &part.join("\n")]).env("work", place.path("disks"));
+        let out = bash.output().unwrap();
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        std::path::PathBuf::from(text(&out.stdout).trim())
+    };
+    let mine = run();
+    assert_eq!(place::mode(&mine), 0o700);
+    assert_eq!(run(), mine, "it is remembered");
+    chown(&mine, Some(EVE), None).unwrap();
+    let second = run();
+    fs::remove_dir(&mine).unwrap();
+    symlink(place.path("eves"), &mine).unwrap();
+    let remember =
+        |path: &Path| fs::write(place.path("disks/run"), path.to_str().unwrap()).unwrap();
+    remember(&mine);
+    let third = run();
+    fs::remove_file(&mine).unwrap();
+    remember(&place.path("eves"));
+    let fourth = run();
+    for other in [&second, &third, &fourth] {
+        assert!(other.starts_with("/dev/shm") && *other != mine, "{}", other.display());
+        fs::remove_dir(other).unwrap();
+    }
+}
+
 /// Between check and use: now root's configuration, now another's.
 #[test]
 fn a_configuration_that_is_swapped_is_never_another_users() {
