@@ -198,7 +198,7 @@ impl AsFd for TrustedPath {
     }
 }
 
-/// Checks a path as far as it exists: what is missing of it, root or this user will make.
+/// Checks a path as far as it exists: what is missing of it, this process will make.
 ///
 /// # Errors
 /// As [`TrustedPath::of`], but for what is missing.
@@ -209,7 +209,30 @@ pub fn check_existing(path: &Path, kind: Kind) -> io::Result<()> {
     }
 }
 
-/// The same for a path below a directory that is the system's own, such as a mount of the
+/// The same for what this process does not make: where others could, it must be there already.
+///
+/// # Errors
+/// As [`check_existing`].
+pub fn check_provided(path: &Path, kind: Kind) -> io::Result<()> {
+    if !Wall::Paths.stands() {
+        return Ok(());
+    }
+    let mut walk = Walk::along(path, kind)?;
+    while let Some(name) = walk.rest.pop_front() {
+        match walk.step(&name) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return match walk.top().standing {
+                    Standing::Closed => Ok(()),
+                    Standing::Sticky => Err(walk.refuse(&name, Fault::Missing)),
+                };
+            }
+            done => done?,
+        }
+    }
+    walk.end().map(drop)
+}
+
+/// As [`check_existing`] for a path below a directory that is the system's own, such as a mount of the
 /// kernel's, and is not looked at.
 ///
 /// # Errors

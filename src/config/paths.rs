@@ -13,7 +13,9 @@ use super::options::{FACTORY, OURS, PROXY, QEMU};
 use super::{Config, Error, Transport};
 use crate::agent::Kind as AgentKind;
 use crate::confine::cgroup;
-use crate::trusted_path::{check_existing, refused, Destination, Kind, TrustedPath};
+use crate::trusted_path::{
+    check_existing, check_provided, refused, Destination, Kind, TrustedPath,
+};
 
 /// Sources of random numbers that are the kernel's own, whoever a container has given the names
 /// of them to.
@@ -136,8 +138,13 @@ impl Config {
             // It is missing, or this user cannot look: whoever uses it will tell.
             None => Ok(()),
         };
-        for (named, kind) in self.places() {
+        for (named, kind) in self.made() {
             if let Err(e) = check_existing(&named.2, kind) {
+                refuse(&named, e)?;
+            }
+        }
+        for (named, kind) in self.provided() {
+            if let Err(e) = check_provided(&named.2, kind) {
                 refuse(&named, e)?;
             }
         }
@@ -152,12 +159,18 @@ impl Config {
         Ok(())
     }
 
-    /// Directories, sockets and devices, and as what each is wanted.
-    fn places(&self) -> Vec<(Named, Kind)> {
+    /// Directories that a server makes where they are missing, and as what each is wanted.
+    fn made(&self) -> Vec<(Named, Kind)> {
         let mut all = vec![(self.named(OURS, "vm_store_path"), Kind::SharedDirectory)];
         if self.flag(FACTORY, "enable_template") {
             all.push((self.named(FACTORY, "template_path"), Kind::Directory));
         }
+        all
+    }
+
+    /// Directories, sockets and devices that others make, and as what each is wanted.
+    fn provided(&self) -> Vec<(Named, Kind)> {
+        let mut all = Vec::new();
         let source = self.text(QEMU, "entropy_source");
         if !source.is_empty() && !KERNELS_RANDOM.contains(&source) {
             all.push((self.named(QEMU, "entropy_source"), Kind::Source));
@@ -183,9 +196,9 @@ impl Config {
     /// # Errors
     /// [`Error::File`].
     pub fn check_log(&self) -> Result<(), Error> {
-        let log = self.places().into_iter().filter(|(named, _)| named.1 == "log");
+        let log = self.provided().into_iter().filter(|(named, _)| named.1 == "log");
         for (named, kind) in log {
-            if let Err(Some(why)) = check_existing(&named.2, kind).as_ref().map_err(refused) {
+            if let Err(Some(why)) = check_provided(&named.2, kind).as_ref().map_err(refused) {
                 return Err(self.bad_file(named.0, named.1, &named.2, why.to_string()));
             }
         }

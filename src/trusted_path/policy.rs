@@ -94,6 +94,8 @@ pub enum Fault {
     Mount { uid: u32 },
     /// Others make entries there, and a directory of one's own is wanted.
     Shared { mode: u32 },
+    /// It is not there, and others could make it.
+    Missing,
     /// It is something else than is wanted.
     Kind { is: &'static str, wanted: &'static str },
     /// A link, where something is to be written.
@@ -261,6 +263,11 @@ impl fmt::Display for Untrusted {
                 "{path} is writable for others (mode {:04o}), and a directory of {who}'s own is \
                  needed: name one below it",
                 bits(mode)
+            ),
+            Fault::Missing => write!(
+                f,
+                "{path} is not there, and others may make entries in its directory: make it \
+                 first, or name another path"
             ),
             Fault::Kind { is, wanted } => write!(f, "{path} is {is}, and {wanted} is needed"),
             Fault::Link => write!(

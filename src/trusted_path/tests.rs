@@ -258,6 +258,15 @@ fn a_sticky_directory_passes_with_entries_of_ones_own() {
     assert!(e.contains("is writable for others (mode 1777)"), "{e}");
     assert!(e.contains("name one below it"), "{e}");
     assert!(TrustedPath::of(&shared, Kind::SharedDirectory).is_ok());
+    // What is not there yet, whoever makes it.
+    for missing in ["later", "later/below"] {
+        let e = check_provided(&shared.join(missing), Kind::Any).unwrap_err().to_string();
+        let words = format!("{} is not there", shared.join("later").display());
+        assert!(e.starts_with(&words), "{e}");
+        assert!(check_existing(&shared.join(missing), Kind::Directory).is_ok());
+        assert!(check_provided(&tree.0.join(missing), Kind::Any).is_ok());
+    }
+    assert!(check_provided(&link, Kind::Any).is_err());
     // Sticky is for directories, and another user's stickiness is that user's.
     chown(&shared, Some(EVE), None).unwrap();
     refuses(&link, &shared, "is uid");

@@ -100,6 +100,40 @@ fn every_option_of_text_is_known_here() {
     }
 }
 
+/// What is not there when it is looked at can be there when it is used: of others' making, where
+/// they may make it.
+#[test]
+fn what_others_could_still_make_is_refused() {
+    let place = Place::new();
+    let shared = place.path("shared");
+    fs::create_dir(&shared).unwrap();
+    chmod(&shared, 0o1777);
+    let missing = shared.join("later");
+    let words = format!("{} is not there, and others may make entries", missing.display());
+    for case in [
+        Case::NONE.with_ours("confine_paths = [\"@/shared/later\"]\n".into()),
+        Case::NONE.with_ours("log = \"unix:@/shared/later\"\n".into()),
+        Case { qemu: "entropy_source = \"@/shared/later\"\n", ..Case::NONE },
+        Case { qemu: "file_mem_backend = \"@/shared/later\"\n", ..Case::NONE },
+    ] {
+        place.configure(&case);
+        for command in [&["config", "check"][..], &["serve", "--log", "stderr"]] {
+            let (code, said) = place.run(command);
+            assert!(code == Some(5) && said.contains(&words), "{code:?}: {said}");
+        }
+    }
+    // A server makes these itself, and looks again.
+    place.configure(&Case {
+        factory: "enable_template = true\ntemplate_path = \"@/shared/later\"\n",
+        ..Case::NONE
+    });
+    assert_eq!(place.run(&["config", "check"]).0, Some(0));
+    symlink("/etc", &missing).unwrap();
+    lchown(&missing, Some(EVE), None).unwrap();
+    let (_, said) = place.run(&["config", "check"]);
+    assert!(said.contains(&format!("{} is uid {EVE}'s", missing.display())), "{said}");
+}
+
 /// What is read before anything else: by servers and by whoever only asks them.
 #[test]
 fn every_command_refuses_a_configuration_that_is_another_users() {
