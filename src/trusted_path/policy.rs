@@ -217,6 +217,17 @@ impl Untrusted {
     pub(super) fn new(path: PathBuf, fault: Fault, asker: Asker) -> Untrusted {
         Untrusted { path, fault, asker }
     }
+
+    /// What to do about another user's component.
+    fn of_ones_own(&self, mode: u32) -> String {
+        let path = self.path.display();
+        let link = SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFLNK;
+        match (self.asker.uid, link) {
+            (0, false) => format!("`chown root {path}`, or name another path"),
+            (0, true) => format!("`chown -h root {path}`, or name another path"),
+            (uid, _) => format!("it must be root's or uid {uid}'s, so name another path"),
+        }
+    }
 }
 
 impl fmt::Display for Untrusted {
@@ -224,16 +235,12 @@ impl fmt::Display for Untrusted {
         let (path, who) = (self.path.display(), self.asker.name());
         let bits = |mode: &u32| mode & 0o7777;
         match &self.fault {
-            Fault::Owner { uid, mode } => {
-                write!(f, "{path} is uid {uid}'s (mode {:04o}): ", bits(mode))?;
-                write!(f, "whoever owns it decides what {who} runs: ")?;
-                let link = SFlag::from_bits_truncate(*mode) & SFlag::S_IFMT == SFlag::S_IFLNK;
-                match (self.asker.uid, link) {
-                    (0, false) => write!(f, "`chown root {path}`, or name another path"),
-                    (0, true) => write!(f, "`chown -h root {path}`, or name another path"),
-                    _ => write!(f, "it must be root's or {who}'s, so name another path"),
-                }
-            }
+            Fault::Owner { uid, mode } => write!(
+                f,
+                "{path} is uid {uid}'s (mode {:04o}): whoever owns it decides what {who} runs: {}",
+                bits(mode),
+                self.of_ones_own(*mode)
+            ),
             Fault::Others { mode } => write!(
                 f,
                 "{path} is writable for everybody (mode {:04o}): whoever writes there decides \
