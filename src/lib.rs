@@ -54,6 +54,8 @@
 //! - Every wait has a deadline or an event that must come; every queue and
 //!   buffer has a named bound.
 //! - Bytes from outside (gRPC, QMP, agents, configuration, ledgers) never panic.
+//! - What a path from outside leads to is root's and this process's user's alone
+//!   ([`trusted_path`]), or it is refused before it is used.
 //! - `unsafe` and libc are in [`sys`] only; threads start in `worker` only.
 //!
 //! # Deliberately absent
@@ -109,6 +111,8 @@ pub mod report;
 pub mod server;
 #[cfg(feature = "host")]
 pub mod stuck;
+#[cfg(feature = "host")]
+pub mod trusted_path;
 #[cfg(feature = "host")]
 pub mod vm;
 #[cfg(feature = "host")]

@@ -15,19 +15,25 @@ use crate::config::options::{find, Fallback, OURS};
 use crate::factory::grpccache::{Error, GrpcCache};
 use crate::report::chain;
 use crate::sys::process::{start_time, state};
+use crate::trusted_path::{check_existing, refused, Kind};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::wire::from_directory;
 use crate::vm::Vm;
 use crate::workload::{self, holds_disks, Guest, WRITING_OUT};
 
 fn store(common: &Common) -> Result<PathBuf, Failure> {
-    if let Some(config) = optional_config(common)? {
-        return Ok(config.store());
+    let store = match optional_config(common)? {
+        Some(config) => config.store(),
+        None => match find(OURS, "vm_store_path").map(|o| o.default) {
+            Some(Fallback::Text(path)) => path.into(),
+            _ => "/run/vc/vm".into(),
+        },
+    };
+    match check_existing(&store, Kind::SharedDirectory).as_ref().map_err(refused) {
+        Err(Some(why)) => Err(Failure::new(FAILED, format!("vm_store_path: {why}"))),
+        // Who may not look there knows a VM's whole id.
+        Ok(()) | Err(None) => Ok(store),
     }
-    Ok(match find(OURS, "vm_store_path").map(|o| o.default) {
-        Some(Fallback::Text(path)) => path.into(),
-        _ => "/run/vc/vm".into(),
-    })
 }
 
 /// Whether it is a client's. One that is being handed out is, too: who knows its

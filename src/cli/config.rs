@@ -1,6 +1,5 @@
 //! `vmcache config check`, `show` and `import`.
 
-use std::fs;
 use std::path::Path;
 
 use super::args::{Common, ConfigCommand};
@@ -9,6 +8,7 @@ use super::Outcome;
 use crate::config::served::Served;
 use crate::config::{markdown, sample, show, Config};
 use crate::factory::grpccache::GrpcCache;
+use crate::trusted_path::Destination;
 use crate::vm::config::import::to_toml;
 use crate::vm::VmConfig;
 
@@ -52,10 +52,18 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
 
 /// Takes over what another server tells its clients, to the letter.
 fn import(endpoint: &Path, output: &Path) -> Outcome {
-    if output.exists() {
+    if output.symlink_metadata().is_ok() {
         let text = format!("{} exists: name another, or remove it", output.display());
         return Err(Failure::new(USAGE, text));
     }
+    let beside = output.with_extension("served.json");
+    let place = |path: &Path| {
+        Destination::named(path)
+            .and_then(|place| place.check_replaceable().map(|()| place))
+            .map_err(|e| Failure::new(FAILED, format!("write {}: {e}", path.display())))
+    };
+    // Before anybody is asked for what could not be written.
+    let (toml_place, json_place) = (place(output)?, place(&beside)?);
     let server = GrpcCache::connect(endpoint)?;
     let message = server.fetch_config_raw()?;
     let pool = server.fetch_status()?.vmstatus.len().max(1);
@@ -65,17 +73,16 @@ fn import(endpoint: &Path, output: &Path) -> Outcome {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).map_err(|e| failed("Config", &e));
     let served = Served { data: text(message.Data)?, agent: text(message.AgentConfig)? };
     let told = VmConfig::parse(served.data.as_bytes()).map_err(|e| failed("Config", &e))?;
-    let beside = output.with_extension("served.json");
-    let write = |path: &Path, text: &str| {
-        fs::write(path, text)
-            .map_err(|e| Failure::new(FAILED, format!("write {}: {e}", path.display())))
+    let write = |place: &Destination, text: &str| {
+        let failed = |e| Failure::new(FAILED, format!("write {}: {e}", place.path().display()));
+        place.replace(text.as_bytes()).map_err(failed)
     };
     let absolute = std::path::absolute(&beside).unwrap_or_else(|_| beside.clone());
     let endpoint = endpoint.display().to_string();
     let toml = to_toml(&told, &absolute.display().to_string(), &endpoint, pool);
     let json = serde_json::to_string(&served).map_err(|e| failed("Config", &e))?;
-    write(&beside, &json)?;
-    write(output, &toml)?;
+    write(&json_place, &json)?;
+    write(&toml_place, &toml)?;
     // What was written must be a configuration.
     Config::read(output)?;
     println!("{}: VMs for clients of that server ({})", output.display(), beside.display());

@@ -5,11 +5,12 @@
 //!
 //! Source: the OpenMetrics specification, 1.0.
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
 use serde_json::Value;
+
+use crate::trusted_path::Destination;
 
 /// All families: name, kind, meaning. What is counted counts from the server's start.
 pub const FAMILIES: &[(&str, &str, &str)] = &[
@@ -191,13 +192,10 @@ impl Text {
 /// Puts the text into a file's place.
 ///
 /// # Errors
-/// As the file system's; the file before then stands.
+/// As the file system's, and when the place is not this user's; the file before then stands.
 pub fn write(path: &Path, text: &str) -> io::Result<()> {
-    let mut new = path.as_os_str().to_os_string();
-    // Not `.prom`, which is what the collector reads.
-    new.push(".new");
-    fs::write(&new, text)?;
-    fs::rename(&new, path)
+    // Until it is whole it has no name with `.prom`, which is what the collector reads.
+    Destination::named(path)?.replace(text.as_bytes())
 }
 
 #[cfg(test)]

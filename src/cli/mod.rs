@@ -28,11 +28,13 @@ mod terminal;
 use std::path::PathBuf;
 
 use args::{Cli, Command, Common, Factory, Json, Template};
-use output::Failure;
+use output::{Failure, FAILED, USAGE};
 
 use crate::config::options::FACTORY;
 use crate::config::{endpoint_alone, locate, options, Config, Error as ConfigError};
 use crate::factory::grpccache::GrpcCache;
+use crate::server::handover;
+use crate::trusted_path::TrustedPath;
 
 /// What a command gives: the exit code.
 pub type Outcome = Result<u8, Failure>;
@@ -124,10 +126,13 @@ fn serve(common: &Common) -> Outcome {
         return Ok(0);
     }
     let own = common.clone();
+    let program = handover::program()
+        .map_err(|e| Failure::new(FAILED, format!("find this server's program: {e}")))?;
     let (endpoint, store) = (config.endpoint(), config.store());
     let again = move || {
         let config = served(&own).and_then(|c| c.check_host().map(|()| c));
         let config = config.map_err(|e| crate::report::chain(&e))?;
+        TrustedPath::program(&program).map_err(|e| format!("{}: {e}", program.display()))?;
         if config.endpoint() != endpoint || config.store() != store {
             let text = "vm_cache_endpoint or vm_store_path is another one: its VMs and clients \
                         would be lost; stop the server and start it";
@@ -144,10 +149,14 @@ fn serve(common: &Common) -> Outcome {
 
 /// The configuration, or `None` when none is named and none is found.
 fn optional_config(common: &Common) -> Result<Option<Config>, Failure> {
+    found(common).map_err(Failure::from)
+}
+
+fn found(common: &Common) -> Result<Option<Config>, ConfigError> {
     match Config::load(common.config.as_deref()) {
         Ok(config) => Ok(Some(config)),
         Err(ConfigError::NotFound { .. }) => Ok(None),
-        Err(e) => Err(e.into()),
+        Err(e) => Err(e),
     }
 }
 
@@ -157,9 +166,15 @@ fn endpoint(common: &Common) -> Result<PathBuf, Failure> {
         return Ok(endpoint.clone());
     }
     let default = "/var/run/kata-containers/cache.sock";
-    match optional_config(common) {
+    match found(common) {
         Ok(config) => Ok(config.map_or_else(|| default.into(), |c| c.endpoint())),
+        // Whoever wrote it would say whom to ask.
+        Err(e) if e.untrusted() => {
+            let remedy = "; with `--endpoint SOCKET` no configuration is needed";
+            Err(Failure::of(USAGE, &e).and(remedy))
+        }
         Err(broken) => {
+            let broken = Failure::from(broken);
             let file = locate(common.config.as_deref()).ok();
             let endpoint = file.and_then(|f| endpoint_alone(&f)).filter(|e| e.exists());
             let endpoint = endpoint.ok_or_else(|| broken.clone())?;
@@ -173,7 +188,14 @@ fn endpoint(common: &Common) -> Result<PathBuf, Failure> {
 /// named, or that of the very server that is asked.
 fn own_config(common: &Common) -> Result<Option<Config>, Failure> {
     let named = common.config.is_some() || std::env::var_os("VMCACHE_CONFIG").is_some();
-    let config = optional_config(common)?;
+    let config = match found(common) {
+        // Nobody has named it, and the server is named without it.
+        Err(e) if e.untrusted() && !named && common.endpoint.is_some() => {
+            eprintln!("vmcache: warning: {}: it is not read", crate::report::chain(&e));
+            None
+        }
+        config => config?,
+    };
     let asked = endpoint(common)?;
     Ok(config.filter(|c| named || c.endpoint() == asked))
 }

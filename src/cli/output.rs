@@ -51,6 +51,12 @@ impl Failure {
         Failure { code, text: chain(e) }
     }
 
+    /// With more to say.
+    pub fn and(mut self, more: &str) -> Failure {
+        self.text.push_str(more);
+        self
+    }
+
     /// For commands whose exit code is another program's: any failure of ours
     /// is 125, but what is said of that program itself.
     pub fn in_vmcache(mut self) -> Failure {

@@ -1,13 +1,11 @@
 //! Whether the values can work: each alone, together, and with the files that
 //! they name.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
 use super::logging::Logging;
-use super::options::{AGENT, FACTORY, OURS, PROXY, QEMU};
+use super::options::{AGENT, FACTORY, OURS, QEMU};
 use super::raw::Raw;
 use super::served::Served;
 use super::{Accel, Config, Error, Machine, Transport, MAX_POOL, MAX_SOCKET_PATH, QEMU_MIB};
@@ -307,82 +305,4 @@ impl Config {
         }
         Ok(())
     }
-
-    /// Checks that the files that VMs are made from exist and are what they should be.
-    ///
-    /// # Errors
-    /// [`Error::File`] for the first that is not.
-    pub fn check_files(&self) -> Result<(), Error> {
-        let wrong = |table, key, path: &Path, why: String| Error::File {
-            place: self.place(table, key),
-            key,
-            path: path.to_path_buf(),
-            why,
-        };
-        let qemu = self.qemu();
-        let found = std::fs::metadata(&qemu).map_err(|e| {
-            let why = format!("{e}; install QEMU (Debian: qemu-system-x86) or set its path");
-            wrong(QEMU, "path", &qemu, why)
-        })?;
-        if !found.is_file() {
-            return Err(wrong(QEMU, "path", &qemu, "is no file".to_string()));
-        }
-        if self.shares_virtiofs() {
-            let daemon = Path::new(self.text(QEMU, "virtio_fs_daemon"));
-            let found = std::fs::metadata(daemon).is_ok_and(|m| m.is_file());
-            if !found {
-                let why = "is no file: install virtiofsd (Debian: qemu-system-common has \
-                           /usr/lib/qemu/virtiofsd), or set shared_fs = \"none\"";
-                return Err(wrong(QEMU, "virtio_fs_daemon", daemon, why.to_string()));
-            }
-        }
-        let missing = |table: &'static str, key: &'static str| {
-            let path = Path::new(self.text(table, key));
-            let there = path.as_os_str().is_empty() || path.is_file();
-            (!there).then(|| wrong(table, key, path, "is no file".to_string()))
-        };
-        if self.agent_kind == Kind::Kata1 {
-            missing(PROXY, "path").map_or(Ok(()), Err)?;
-        }
-        if self.transport() == Transport::VhostUserVsock && self.vsock_sockets().is_none() {
-            missing(OURS, "vsock_device").map_or(Ok(()), Err)?;
-        }
-        let (kernel, initrd) = (self.kernel(), self.initrd());
-        let head = head_of(&kernel)
-            .map_err(|e| wrong(QEMU, "kernel", &kernel, format!("{e}; name the guest's kernel")))?;
-        if head.get(0x202..0x206) != Some(b"HdrS") && !head.starts_with(b"\x7fELF") {
-            let why = "is no Linux kernel (neither bzImage nor ELF)".to_string();
-            return Err(wrong(QEMU, "kernel", &kernel, why));
-        }
-        if initrd.as_os_str().is_empty() {
-            let why = "is not set; `vmcache mkinitrd` makes one".to_string();
-            return Err(wrong(QEMU, "initrd", &initrd, why));
-        }
-        let head = head_of(&initrd).map_err(|e| {
-            wrong(QEMU, "initrd", &initrd, format!("{e}; `vmcache mkinitrd` makes one"))
-        })?;
-        let archives: [&[u8]; 8] = [
-            b"070701",
-            b"070702",
-            b"\x1f\x8b",
-            b"\xfd7zXZ",
-            b"\x28\xb5\x2f\xfd",
-            b"\x02\x21\x4c\x18",
-            b"BZh",
-            b"\x5d\x00\x00",
-        ];
-        if !archives.iter().any(|magic| head.starts_with(magic)) {
-            let why = "is no initramfs (no cpio archive, compressed or not); \
-                       `vmcache mkinitrd` makes one"
-                .to_string();
-            return Err(wrong(QEMU, "initrd", &initrd, why));
-        }
-        Ok(())
-    }
-}
-
-fn head_of(path: &Path) -> io::Result<Vec<u8>> {
-    let mut head = Vec::new();
-    File::open(path)?.take(1024).read_to_end(&mut head)?;
-    Ok(head)
 }

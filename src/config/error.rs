@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::Place;
+use crate::trusted_path::refused;
 
 /// What is wrong with a configuration.
 #[derive(Debug)]
@@ -25,6 +26,13 @@ pub enum Error {
     Value { place: Place, key: &'static str, value: String, why: String },
     /// A file that a value names is missing or of the wrong kind.
     File { place: Place, key: &'static str, path: PathBuf, why: String },
+}
+
+impl Error {
+    /// Whether a file of the configuration is not only root's and this user's.
+    pub fn untrusted(&self) -> bool {
+        matches!(self, Error::Read { source, .. } if refused(source).is_some())
+    }
 }
 
 impl fmt::Display for Error {

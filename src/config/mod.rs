@@ -15,6 +15,7 @@ mod error;
 mod find;
 pub mod logging;
 pub mod options;
+pub mod paths;
 mod raw;
 pub mod sample;
 pub mod served;

@@ -6,14 +6,14 @@
 //! values mean is the business of the parent module.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read;
+use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
 use super::options::{find, Fallback, AGENT, FACTORY, OURS, PROXY, QEMU};
 use super::{Error, Place};
+use crate::trusted_path::TrustedPath;
 
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
@@ -71,19 +71,14 @@ impl Raw {
     pub fn read(file: &Path) -> Result<Raw, Error> {
         let mut raw = Raw::default();
         raw.add(file)?;
-        for path in drop_ins(file) {
+        for path in drop_ins(file)? {
             raw.add(&path)?;
         }
         Ok(raw)
     }
 
     fn add(&mut self, file: &Path) -> Result<(), Error> {
-        let read = |source| Error::Read { file: file.to_path_buf(), source };
-        let size = fs::metadata(file).map_err(read)?.len();
-        if size > MAX_FILE {
-            return Err(read(std::io::Error::other(format!("{size} bytes, over {MAX_FILE}"))));
-        }
-        let text = fs::read_to_string(file).map_err(read)?;
+        let text = text(file).map_err(|source| Error::Read { file: file.into(), source })?;
         self.add_text(file, &text)?;
         self.files.push(file.to_path_buf());
         Ok(())
@@ -143,26 +138,39 @@ impl Raw {
     }
 }
 
-/// What is read after a file.
-fn drop_ins(file: &Path) -> Vec<PathBuf> {
-    let dir = file.parent().unwrap_or(Path::new(".")).join("conf.d");
-    let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+/// All of a file that passes the check of paths.
+fn text(file: &Path) -> io::Result<String> {
+    let file = TrustedPath::file(file)?.open()?;
+    let size = file.metadata()?.len();
+    if size > MAX_FILE {
+        return Err(io::Error::other(format!("{size} bytes, over {MAX_FILE}")));
+    }
+    let mut text = String::new();
+    file.take(MAX_FILE).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// What is read after a file. A directory that this user may not enter has nothing for it.
+fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, Error> {
+    let dir = file.parent().unwrap_or(Path::new("")).join("conf.d");
+    let names = match TrustedPath::directory(&dir).and_then(|dir| dir.names()) {
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            return Ok(Vec::new());
+        }
+        names => names.map_err(|source| Error::Read { file: dir.clone(), source })?,
+    };
     let toml = |p: &PathBuf| p.extension().is_some_and(|e| e == "toml");
-    let mut more: Vec<PathBuf> = entries.map(|e| e.path()).filter(toml).collect();
+    let mut more: Vec<PathBuf> = names.iter().map(|name| dir.join(name)).filter(toml).collect();
     more.sort();
-    more
+    Ok(more)
 }
 
 /// The server's socket in files that are no configuration otherwise: whoever broke one
 /// can still see what the server does that runs.
 pub fn endpoint_alone(file: &Path) -> Option<PathBuf> {
     let mut found = None;
-    for file in [file.to_path_buf()].into_iter().chain(drop_ins(file)) {
-        let mut text = String::new();
-        let read = fs::File::open(file).map(|f| f.take(MAX_FILE));
-        if read.and_then(|mut f| f.read_to_string(&mut text)).is_err() {
-            continue;
-        }
+    for file in [file.to_path_buf()].into_iter().chain(drop_ins(file).unwrap_or_default()) {
+        let Ok(text) = text(&file) else { continue };
         let table: Option<toml::Table> = text.parse().ok();
         let named = table.as_ref().and_then(|t| t.get(FACTORY)?.get("vm_cache_endpoint")?.as_str());
         found = named.map(PathBuf::from).or(found);

@@ -7,11 +7,12 @@
 //! Invariant: what the file says of things that make a VM agrees with the
 //! configuration, or it is refused.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
+
+use crate::trusted_path::{refused, TrustedPath};
 
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
@@ -34,9 +35,13 @@ impl Served {
     /// A sentence: it can not be read, or is not what an import writes.
     pub fn read(path: &Path) -> Result<Served, String> {
         let mut text = String::new();
-        File::open(path)
+        TrustedPath::file(path)
+            .and_then(|file| file.open())
             .and_then(|f| f.take(MAX_FILE + 1).read_to_string(&mut text))
-            .map_err(|e| format!("{e}; `vmcache config import` makes such a file"))?;
+            .map_err(|e| match refused(&e) {
+                Some(why) => why.to_string(),
+                None => format!("{e}; `vmcache config import` makes such a file"),
+            })?;
         if text.len() as u64 > MAX_FILE {
             return Err(format!("over {MAX_FILE} bytes"));
         }

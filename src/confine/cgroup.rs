@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::options::OURS;
 use crate::config::{Accel, Config};
+use crate::trusted_path::{check_existing_below, Kind};
 use crate::vm::private;
 
 /// In a VM's directory: its cgroups, a line each.
@@ -129,12 +130,27 @@ fn most(memory_mib: u64, translated: bool) -> u64 {
     (memory_mib + QEMU_MIB + if translated { TRANSLATOR_MIB } else { 0 }) << 20
 }
 
+/// Whether those that exist already, below which VMs are to have theirs, are root's or this
+/// user's.
+///
+/// # Errors
+/// [`crate::trusted_path::Untrusted`] inside of an [`io::Error`]; as open(2).
+pub fn check(config: &Config) -> io::Result<()> {
+    let Some(base) = base(config) else { return Ok(()) };
+    let mounts = match here()? {
+        Hierarchy::Two(mount) => vec![mount],
+        Hierarchy::One { memory, pids, cpu } => vec![memory, pids, cpu],
+    };
+    mounts.iter().try_for_each(|mount| check_existing_below(mount, &base, Kind::Directory))
+}
+
 /// Makes the cgroups of a VM and writes down where they are.
 ///
 /// # Errors
 /// When a limit can not be set; names the file.
 pub fn make(config: &Config, id: &str, dir: &Path) -> io::Result<()> {
     let Some(base) = base(config) else { return Ok(()) };
+    check(config)?;
     let name = name(id);
     let memory = most(config.memory().into(), config.accel == Accel::Tcg).to_string();
     let threads = (THREADS + config.max_cpus()).to_string();

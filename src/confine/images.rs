@@ -1,5 +1,6 @@
-//! Kernel and initramfs, which every VM of a pool boots: not everybody, nor a group of
-//! others, may write them, and they are what their digests say.
+//! Kernel, initramfs and firmware, which every VM of a pool boots: nobody but root and this
+//! process's user can change them ([`crate::trusted_path`]), and they are what their digests
+//! say.
 //!
 //! Invariant: looked at before each boot, read again only when a file was replaced or
 //! written since (its [`Stamp`]).
@@ -12,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::user::Whose;
-use crate::config::options::OURS;
+use crate::config::options::{OURS, QEMU};
 use crate::config::Config;
 use crate::digest::sha256;
+use crate::trusted_path::{refused, TrustedPath};
 use crate::vm::shape::Stamp;
 
 /// Files whose digest is remembered: a process boots of one or two configurations.
@@ -33,12 +35,23 @@ pub fn check(config: &Config) -> Result<(), (&'static str, String)> {
         let path = config.qemu();
         executable(&path).map_err(|why| ("path", format!("{}: {why}", path.display())))?;
     }
-    for (name, path, key) in
-        [("kernel", config.kernel(), "kernel_sha256"), ("initrd", config.initrd(), "initrd_sha256")]
-    {
-        one(&path, key, config.text(OURS, key))
-            .and_then(|()| if others { readable(&path) } else { Ok(()) })
-            .map_err(|why| (name, format!("{}: {why}", path.display())))?;
+    let firmware: PathBuf = config.text(QEMU, "firmware").into();
+    let all = [
+        ("kernel", config.kernel(), "kernel_sha256"),
+        ("initrd", config.initrd(), "initrd_sha256"),
+        ("firmware", firmware, ""),
+    ];
+    for (name, path, key) in all {
+        if name == "firmware" && path.as_os_str().is_empty() {
+            continue;
+        }
+        let wanted = if key.is_empty() { "" } else { config.text(OURS, key) };
+        one(&path, key, wanted)
+            .and_then(|image| if others { readable(image.path()) } else { Ok(()) })
+            .map_err(|why| match refused(&why) {
+                Some(why) => (name, why.to_string()),
+                None => (name, format!("{}: {why}", path.display())),
+            })?;
     }
     Ok(())
 }
@@ -73,19 +86,14 @@ pub fn executable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn one(path: &Path, key: &str, wanted: &str) -> io::Result<()> {
-    let meta = fs::metadata(path)?;
-    let others = meta.gid() != 0 && meta.gid() != nix::unistd::getegid().as_raw();
-    if meta.mode() & 0o002 != 0 || meta.mode() & 0o020 != 0 && others {
-        let text = "others may write it, and so into all VMs to come: `chmod go-w` it";
-        return Err(io::Error::other(text));
-    }
+fn one(path: &Path, key: &str, wanted: &str) -> io::Result<TrustedPath> {
+    let image = TrustedPath::file(path)?;
     if wanted.is_empty() {
-        return Ok(());
+        return Ok(image);
     }
-    let digest = digest(path, Stamp::of(&meta))?;
+    let digest = digest(path, image.open()?)?;
     match digest.eq_ignore_ascii_case(wanted) {
-        true => Ok(()),
+        true => Ok(image),
         false => Err(io::Error::other(format!(
             "its SHA-256 is {digest}, and {key} says {wanted}: put the right file there, or \
              change {key}"
@@ -93,13 +101,14 @@ fn one(path: &Path, key: &str, wanted: &str) -> io::Result<()> {
     }
 }
 
-fn digest(path: &Path, stamp: Stamp) -> io::Result<String> {
+fn digest(path: &Path, file: File) -> io::Result<String> {
+    let stamp = Stamp::of(&file.metadata()?);
     let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());
     let known = known.get_or_insert_default();
     if let Some((_, digest)) = known.get(path).filter(|(was, _)| *was == stamp) {
         return Ok(digest.clone());
     }
-    let digest = sha256(File::open(path)?)?;
+    let digest = sha256(file)?;
     if known.len() >= REMEMBERED {
         known.clear();
     }
@@ -119,7 +128,7 @@ mod tests {
         fs::write(&path, "abc").unwrap();
         chmod(0o666);
         let why = one(&path, "k", "").unwrap_err().to_string();
-        assert!(why.contains("chmod go-w"), "{why}");
+        assert!(why.contains("chmod o-w"), "{why}");
         chmod(0o644);
         one(&path, "k", "").unwrap();
         let abc = "BA7816BF8F01CFEA414140DE5DAE2223B00361A396177A9CB410FF61F20015AD";

@@ -1,16 +1,20 @@
 //! Who may connect, and what they get.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use super::{finding, good, Finding, State};
 use crate::config::options::OURS;
 use crate::config::{Config, MAX_SOCKET_PATH};
 use crate::confine::admission::Admission;
+use crate::report::chain;
 
 /// The socket, its directory, the store.
 pub fn access(config: &Config) -> Vec<Finding> {
-    vec![socket(config), store(config), claims(config)]
+    let mut all = vec![socket(config), store(config), claims(config)];
+    if let Err(e) = config.check_places() {
+        all.push(finding("paths", State::Missing, chain(&e), ""));
+    }
+    all
 }
 
 fn socket(config: &Config) -> Finding {
@@ -23,12 +27,6 @@ fn socket(config: &Config) -> Finding {
             State::Missing,
             format!("{text}: its directory does not exist"),
             "make it, or change vm_cache_endpoint",
-        ),
-        Some(dir) if dir.mode() & 0o022 != 0 && dir.mode() & 0o1000 == 0 => finding(
-            "socket",
-            State::Warning,
-            format!("{text}: others may write its directory, and replace it"),
-            "chmod go-w that directory",
         ),
         Some(_) => good("socket", format!("{text}, mode {:04o}", config.socket_mode)),
     }

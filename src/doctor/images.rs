@@ -17,7 +17,7 @@ const MAGIC: &[u8] = b"vermagic=";
 /// Whether they can be used.
 pub fn images(config: &Config) -> Vec<Finding> {
     let name = "images";
-    if let Err(e) = config.check_files() {
+    if let Err(e) = config.check_parts() {
         let remedy = "`vmcache guest build` makes both; `vmcache config check` says more";
         return vec![finding(name, State::Missing, chain(&e), remedy)];
     }

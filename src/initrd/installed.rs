@@ -6,14 +6,15 @@
 use std::cmp::Ordering;
 use std::error;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{symlink, DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{pack, Packed, Recipe};
+use crate::trusted_path::{Destination, Kind as PathKind, TrustedPath};
 
 /// Where a package puts the guest.
 pub const GUEST: &str = "/var/lib/vmcache/guest";
@@ -151,9 +152,11 @@ pub fn build(
         (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => (parent, name),
         _ => return Err(failed(io::Error::other("it must be an absolute path below another"))),
     };
-    DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(failed)?;
+    let above = TrustedPath::make_directory(parent, 0o755, PathKind::SharedDirectory);
+    let above = above.map_err(failed)?;
+    Destination::of(place).and_then(|place| place.check_owner()).map_err(failed)?;
     // One at a time; whoever comes second has the last word.
-    let lock = File::open(parent).map_err(failed)?;
+    let lock = above.open().map_err(failed)?;
     let lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| failed(e.into()))?;
     let dir = parent.join(format!("{}.{}", name.to_string_lossy(), std::process::id()));
     let before = fs::read_link(place).ok().map(|old| parent.join(old));

@@ -18,6 +18,8 @@ use std::process::Command;
 use cpio::Cpio;
 use modules::Modules;
 
+use crate::trusted_path::{Destination, TrustedPath};
+
 /// What goes into an initramfs, and where it is written.
 #[derive(Debug)]
 pub struct Recipe {
@@ -110,6 +112,10 @@ impl error::Error for Error {
 /// # Errors
 /// See [`Error`].
 pub fn pack(recipe: &Recipe) -> Result<Packed, Error> {
+    // First, so that what cannot be written is not made.
+    let failed = |source| Error::Write { path: recipe.output.clone(), source };
+    let place = Destination::named(&recipe.output).map_err(failed)?;
+    let draft = place.draft().map_err(failed)?;
     let agent = read_static(&recipe.agent)?;
     let userland = recipe.userland.as_deref().map(|p| Ok((p, read_static(p)?))).transpose()?;
     let applets = match &recipe.userland {
@@ -118,10 +124,7 @@ pub fn pack(recipe: &Recipe) -> Result<Packed, Error> {
     };
     let modules = Modules::open(&recipe.kernel_modules)?.select(&recipe.extra_modules)?;
 
-    let temporary = recipe.output.with_extension("part");
-    let failed = |source| Error::Write { path: recipe.output.clone(), source };
-    let file = fs::File::create(&temporary).map_err(failed)?;
-    let mut cpio = Cpio::new(BufWriter::new(file));
+    let mut cpio = Cpio::new(BufWriter::new(draft.file.try_clone().map_err(failed)?));
     let contents = Contents {
         agent: &agent,
         userland: userland.as_ref().map(|u| u.1.as_slice()),
@@ -129,15 +132,12 @@ pub fn pack(recipe: &Recipe) -> Result<Packed, Error> {
         modules: &modules,
     };
     let written = contents.write(&mut cpio).and_then(|()| {
-        let mut out = cpio.finish()?;
-        out.flush()?;
-        fs::rename(&temporary, &recipe.output)?;
-        Ok(fs::metadata(&recipe.output)?.len())
+        cpio.finish()?.flush()?;
+        let size = draft.file.metadata()?.len();
+        draft.commit()?;
+        Ok(size)
     });
-    let size = written.map_err(|source| {
-        let _ = fs::remove_file(&temporary);
-        Error::Write { path: recipe.output.clone(), source }
-    })?;
+    let size = written.map_err(failed)?;
     let modules = modules.into_iter().map(|m| m.name).collect();
     Ok(Packed { modules, applets: applets.len(), size })
 }
@@ -206,6 +206,7 @@ fn read_static(path: &Path) -> Result<Vec<u8>, Error> {
 #[allow(clippy::disallowed_methods)] // Runs to its end here; no VM's process.
 fn list_applets(path: &Path) -> Result<Vec<String>, Error> {
     let failed = |why: String| Error::Userland { path: path.into(), why };
+    TrustedPath::program(path).map_err(|e| failed(e.to_string()))?;
     let out = Command::new(path).arg("--list-full").output().map_err(|e| failed(e.to_string()))?;
     if !out.status.success() {
         return Err(failed(format!("{} --list-full: {}", path.display(), out.status)));

@@ -25,6 +25,7 @@ use crate::confine;
 use crate::sys::cage::Cage;
 use crate::sys::child;
 use crate::sys::process::{parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
+use crate::trusted_path::TrustedPath;
 
 /// Bytes of its output that an error carries, the last ones.
 pub const KEPT_OUTPUT: usize = 4096;
@@ -71,7 +72,8 @@ impl Process {
     /// kernel kills it when the calling thread ends. It is left with what `cage` says.
     ///
     /// # Errors
-    /// When the executable can not be started.
+    /// When the executable cannot be started, or is not only root's and this user's
+    /// ([`crate::trusted_path`]).
     #[allow(clippy::disallowed_methods)] // The one place where they are started.
     pub fn spawn(
         program: &Path,
@@ -86,6 +88,8 @@ impl Process {
             limits: limits.clone(),
             source,
         };
+        // Here for all of them: nobody else decides what is executed under its name.
+        TrustedPath::program(program).map_err(failed)?;
         let (output, theirs) =
             pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| failed(e.into()))?;
         // Our reading end may block; theirs must not, or a full pipe stops the VM.

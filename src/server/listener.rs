@@ -8,11 +8,11 @@
 
 use std::error;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +25,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{chown, Group};
 
 use super::peers::{Peer, Peers};
+use crate::config::paths::{self, SOCKET_LOCK, SOCKET_NEW};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
 use crate::confine::admission::Admission;
 use crate::stuck;
@@ -42,7 +43,7 @@ const INHERITED: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// What a socket's name ends with until it is put in its place.
-pub const NEW: &str = ".n";
+pub const NEW: &str = SOCKET_NEW;
 
 /// Why there is no socket.
 #[derive(Debug)]
@@ -121,7 +122,8 @@ impl Lock {
     /// Takes it.
     ///
     /// # Errors
-    /// [`Error::Held`] with the holder's pid, or as the file system's.
+    /// [`Error::Held`] with the holder's pid, or as the file system's; when the directory, the
+    /// lock or what has the socket's name is another user's.
     pub fn take(endpoint: &Path) -> Result<Lock, Error> {
         if endpoint.as_os_str().len() > MAX_SOCKET_PATH {
             return Err(Error::TooLong { endpoint: endpoint.to_path_buf() });
@@ -129,15 +131,10 @@ impl Lock {
         if !endpoint.parent().is_some_and(Path::is_dir) {
             return Err(Error::NoDirectory { endpoint: endpoint.to_path_buf() });
         }
-        let path = beside(endpoint, "lock");
+        let path = beside(endpoint, SOCKET_LOCK);
         let failed = |source| Error::Io { during: "lock", path: path.clone(), source };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
+        let file = paths::endpoint(endpoint)
+            .and_then(|place| place.with(SOCKET_LOCK)?.open_or_create(0o600))
             .map_err(failed)?;
         let deadline = Instant::now() + INHERITED;
         let mut next = file;
@@ -174,7 +171,7 @@ impl Lock {
     /// As flock(2).
     pub fn inherit(endpoint: &Path, file: File) -> Result<Lock, Error> {
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| {
-            Error::Io { during: "lock", path: beside(endpoint, "lock"), source: e.into() }
+            Error::Io { during: "lock", path: beside(endpoint, SOCKET_LOCK), source: e.into() }
         })?;
         Ok(Lock { endpoint: endpoint.to_path_buf(), file })
     }
@@ -199,7 +196,7 @@ impl Lock {
             Err(_) => {}
         }
         // Bound beside its place: it has its permissions when its name appears.
-        let new = beside(endpoint, "n");
+        let new = beside(endpoint, NEW);
         let failed = |during| {
             let path = endpoint.clone();
             move |source| Error::Io { during, path, source }
@@ -240,13 +237,12 @@ impl Lock {
         if !units {
             let _ = fs::remove_file(&self.endpoint);
         }
-        let _ = fs::remove_file(beside(&self.endpoint, "lock"));
+        let _ = fs::remove_file(beside(&self.endpoint, SOCKET_LOCK));
     }
 }
 
 fn beside(endpoint: &Path, ending: &str) -> PathBuf {
     let mut name = endpoint.as_os_str().to_os_string();
-    name.push(".");
     name.push(ending);
     name.into()
 }

@@ -8,9 +8,8 @@
 //! used them) are killed and their directories removed. Of other owners' VMs, only
 //! directories of client-booted ones whose QEMU is gone are removed.
 
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -44,10 +43,10 @@ pub struct Kept {
 /// Makes the store when it is missing, and sweeps it.
 ///
 /// # Errors
-/// When the store can not be made or written.
+/// When the store cannot be made or written, or is not only root's and this user's.
 pub fn sweep(config: &Config) -> io::Result<Kept> {
     let (store, endpoint) = (&config.store(), config.endpoint());
-    DirBuilder::new().recursive(true).mode(0o711).create(store)?;
+    dir::make_store(store)?;
     nix::unistd::access(store, nix::unistd::AccessFlags::W_OK)?;
     let own = endpoint.display().to_string();
     let now = Made::of(config);

@@ -32,6 +32,7 @@ use std::time::Duration;
 use crossbeam_channel::{select, Receiver};
 
 use super::yamux::{Session, Stream};
+use crate::trusted_path::Destination;
 use crate::worker::{self, Worker};
 
 /// Bytes that are moved at once.
@@ -107,6 +108,8 @@ pub fn serve(options: &Options, stop: &Receiver<()>) -> Result<(), Error> {
     let session = Arc::new(session);
     let path = &options.listen;
     let refused = |source| Error::Listen { path: path.clone(), source };
+    // What is bound and then made private is the same.
+    Destination::named(path).map_err(refused)?;
     let listener = UnixListener::bind(path).map_err(refused)?;
     let private = fs::set_permissions(path, Permissions::from_mode(0o700));
     let accepting = private.map_err(refused).and_then(|()| {

@@ -1,7 +1,8 @@
 //! Removing a directory that a guest, or another user, may have filled: however deep,
 //! and a bounded number of files at a time.
 //!
-//! Invariants: nothing recurses, and a few fds are open whatever the depth (a directory
+//! Invariants: the directory above it passes [`crate::trusted_path`] and is held open, so that
+//! nobody has another tree removed by giving it that name; nothing recurses, and a few fds are open whatever the depth (a directory
 //! in a directory is moved up first); no link is followed; what is mounted there stops it.
 //! Two processes may remove the same directory: each returns when it is gone.
 
@@ -13,9 +14,11 @@ use std::path::Path;
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::fcntl::{open, openat, renameat, OFlag};
+use nix::fcntl::{openat, renameat, OFlag};
 use nix::sys::stat::{fstatat, Mode, SFlag};
 use nix::unistd::{unlinkat, UnlinkatFlags};
+
+use crate::trusted_path::Destination;
 
 /// Files and directories that one try removes: a moment's work.
 const MOST: usize = 50_000;
@@ -27,20 +30,21 @@ const MOST: usize = 50_000;
 /// removed, by trying again.
 pub fn remove(path: &Path) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let top = open(path, flags, Mode::empty())?;
+    let place = Destination::of(path)?;
+    let top = openat(place.directory(), place.name(), flags, Mode::empty())?;
     let mut left = MOST;
     let mut moved = 0u64;
     loop {
         let names = entries(top.as_fd(), MOST)?;
         if names.is_empty() {
-            match std::fs::remove_dir(path) {
+            match unlinkat(place.directory(), place.name(), UnlinkatFlags::RemoveDir) {
                 // Something has been moved up there meanwhile, or added: a port's lock, by who
                 // is just connecting to the agent.
-                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                Err(e @ (Errno::ENOTEMPTY | Errno::EEXIST)) => {
                     left = left.checked_sub(1).ok_or(e)?;
                     continue;
                 }
-                done => return done,
+                done => return Ok(done?),
             }
         }
         for (name, directory) in names {
@@ -122,6 +126,7 @@ fn entries(dir: std::os::fd::BorrowedFd<'_>, most: usize) -> nix::Result<Vec<(CS
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::open;
     use std::fs;
     use std::os::unix::fs::symlink;
 

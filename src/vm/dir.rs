@@ -4,7 +4,8 @@
 //!
 //! Invariants: whoever holds a [`VmDir`] owns the directory; dropping it removes
 //! it unless it was let go; what could not be removed is remembered, and a server
-//! tries again ([`remove_left`]). One without a word of whose it is bears its maker's pid
+//! tries again ([`remove_left`]); a store that others could put another one into the place of
+//! is not used, and nothing of it removed. One without a word of whose it is bears its maker's pid
 //! in its name ([`forsaken`]), and never a VM's.
 
 use std::fs::{self, DirBuilder};
@@ -13,9 +14,9 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt,
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
-use nix::fcntl::{open, AtFlags, OFlag};
+use nix::fcntl::{open, renameat, AtFlags, OFlag};
 use nix::mount::{umount2, MntFlags};
-use nix::sys::stat::{fstat, Mode, SFlag};
+use nix::sys::stat::{fstat, mkdirat, Mode, SFlag};
 use nix::unistd::{fchownat, geteuid, Uid};
 
 use super::{acl, clearing};
@@ -23,6 +24,7 @@ use crate::agent::address::VSOCK_DIR;
 use crate::confine::cgroup;
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
 use crate::sys::process::{start_time, state};
+use crate::trusted_path::{check_existing, refused, Kind, TrustedPath};
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
@@ -52,17 +54,15 @@ impl VmDir {
         id: &str,
         write: impl FnOnce(&Path) -> io::Result<()>,
     ) -> io::Result<VmDir> {
-        // Its VMs' users pass through it.
-        DirBuilder::new().recursive(true).mode(0o711).create(store)?;
+        let place = make_store(store)?;
         let pid = std::process::id();
         let since = start_time(pid as i32).unwrap_or(0);
-        let new = store.join(format!("{NEW}{pid}-{since}-{id}"));
-        DirBuilder::new().mode(0o700).create(&new)?;
-        let mut dir = VmDir { path: new, more: None, let_go: false };
+        let new = format!("{NEW}{pid}-{since}-{id}");
+        mkdirat(&place, new.as_str(), Mode::S_IRWXU)?;
+        let mut dir = VmDir { path: store.join(&new), more: None, let_go: false };
         write(&dir.path)?;
-        let path = store.join(id);
-        fs::rename(&dir.path, &path)?;
-        dir.path = path;
+        renameat(&place, new.as_str(), &place, id)?;
+        dir.path = store.join(id);
         Ok(dir)
     }
 
@@ -151,6 +151,15 @@ fn give_socket(path: &Path, uid: u32) -> io::Result<()> {
     Ok(fchownat(&socket, c"", Some(Uid::from_raw(uid)), None, AtFlags::AT_EMPTY_PATH)?)
 }
 
+/// Makes a store, or what of it is missing.
+///
+/// # Errors
+/// When others could put another one, or another VM's directory, into its place; as mkdir(2).
+pub fn make_store(store: &Path) -> io::Result<TrustedPath> {
+    // Its VMs' users pass through it.
+    TrustedPath::make_directory(store, 0o711, Kind::SharedDirectory)
+}
+
 /// Directories in a store whose makers were killed before these had their names.
 pub fn forsaken(store: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(store).into_iter().flatten().flatten();
@@ -160,7 +169,9 @@ pub fn forsaken(store: &Path) -> Vec<PathBuf> {
         Some(start_time(pid) != Some(since) || state(pid) == Some('Z'))
     };
     let names = entries.filter(|e| e.file_name().to_str().and_then(gone) == Some(true));
-    names.map(|e| e.path()).collect()
+    // Where others share the store, theirs are none of a server's.
+    let ours = |p: &PathBuf| check_existing(p, Kind::SharedDirectory).is_ok();
+    names.map(|e| e.path()).filter(ours).collect()
 }
 
 /// A mount below a directory; also when it can not be known that there is none.
@@ -234,6 +245,13 @@ impl Drop for VmDir {
     fn drop(&mut self) {
         if self.let_go {
             return;
+        }
+        // As root, nothing in another user's store: that is its server's to remove.
+        if let Err(e) = check_existing(&self.path, Kind::SharedDirectory) {
+            if refused(&e).is_some() {
+                log::warn!("the VM directory {} is left: {e}", self.path.display());
+                return;
+            }
         }
         // Ours, and only one directory of the host seen a second time. What the guest
         // may have put in its place is not followed.

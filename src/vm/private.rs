@@ -1,40 +1,29 @@
 //! Small files in a VM's directory: read and written so that nobody who may write
 //! there can mislead whoever does.
 //!
-//! Whose word counts: the server's (whose the store is), root's, and this process's
-//! user's; not that of QEMU's user, who may bind sockets there. Invariants: no link is
-//! followed, nothing but a regular file is opened, nothing is waited for; a file that
-//! another user wrote, or may write, is none; one that is replaced is a new one, never
-//! the old one's contents.
+//! Whose word counts: root's, and this process's user's; not that of QEMU's user, who may
+//! bind sockets there, nor anybody's where the store is another user's
+//! ([`crate::trusted_path`]). Invariants: no link is followed, nothing but a regular file is
+//! opened, nothing is waited for; a file that another user wrote, or may write, is none; one
+//! that is replaced is a new one, never the old one's contents.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use nix::fcntl::OFlag;
-use nix::unistd::geteuid;
+use crate::trusted_path::Destination;
+
+/// Permissions of such a file: whoever may pass through the directory reads it.
+const MODE: u32 = 0o644;
 
 /// What a file says, and the user who wrote it.
 ///
 /// # Errors
 /// As open(2) and read(2); when it is longer than `most` bytes, or not to be trusted.
 pub fn read(dir: &Path, name: &str, most: u64) -> io::Result<(Vec<u8>, u32)> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir.join(name))?;
-    let meta = file.metadata()?;
-    let uid = meta.uid();
-    let owner = |path: &Path| fs::symlink_metadata(path).map(|m| m.uid()).ok();
-    let trusted =
-        uid == 0 || uid == geteuid().as_raw() || dir.parent().and_then(owner) == Some(uid);
-    // One without a name was replaced just now, whole.
-    if !meta.is_file() || !trusted || meta.mode() & 0o022 != 0 || meta.nlink() > 1 {
-        let mode = meta.mode() & 0o7777;
-        return Err(io::Error::other(format!(
-            "{name} is not the server's (uid {uid}, mode {mode:o}, {} names): somebody has changed it",
-            meta.nlink()
-        )));
-    }
+    let file = Destination::inside(dir, name)?.open(false)?;
+    let uid = file.metadata()?.uid();
     let mut bytes = Vec::new();
     file.take(most + 1).read_to_end(&mut bytes)?;
     match bytes.len() as u64 > most {
@@ -48,14 +37,13 @@ pub fn read(dir: &Path, name: &str, most: u64) -> io::Result<(Vec<u8>, u32)> {
 /// # Errors
 /// As unlink(2) and open(2).
 pub fn create(dir: &Path, name: &str) -> io::Result<File> {
-    let path = dir.join(name);
-    match fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    made(&Destination::inside(dir, name)?)
+}
+
+fn made(place: &Destination) -> io::Result<File> {
+    let file = place.create(MODE)?;
     // Whatever this process's umask: who may enter the directory may read what is there.
-    file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    file.set_permissions(Permissions::from_mode(MODE))?;
     Ok(file)
 }
 
@@ -64,15 +52,17 @@ pub fn create(dir: &Path, name: &str) -> io::Result<File> {
 /// # Errors
 /// As the file system's; the old one then stands.
 pub fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let new = format!("{name}.new");
-    create(dir, &new)?.write_all(bytes)?;
-    fs::rename(dir.join(new), dir.join(name))
+    let new = Destination::inside(dir, &format!("{name}.new"))?;
+    made(&new)?.write_all(bytes)?;
+    new.rename(name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use nix::sys::stat::Mode;
+    use nix::unistd::geteuid;
+    use std::fs;
     use std::os::unix::fs::{chown, symlink};
 
     #[test]
@@ -98,9 +88,13 @@ mod tests {
         chown(&path, Some(1234), None).unwrap();
         assert!(said().is_err(), "it is another's");
         chown(&dir, Some(1234), None).unwrap();
-        assert!(said().is_err(), "who has the directory alone");
+        assert!(said().is_err(), "who has the directory");
         chown(&store, Some(1234), None).unwrap();
-        assert_eq!(said().unwrap().1, 1234, "the server's");
+        assert!(said().is_err(), "who has the store");
+        chown(&path, Some(0), None).unwrap();
+        let why = said().unwrap_err().to_string();
+        assert!(why.contains(&format!("{} is uid 1234's", store.display())), "{why}");
+        chown(&store, Some(0), None).unwrap();
 
         let theirs = dir.join("theirs");
         fs::write(&theirs, "kept").unwrap();

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::process::attendant::Role;
 use crate::process::Process;
 use crate::proto::cache::GrpcVM;
+use crate::trusted_path::{check_existing, refused, Kind};
 
 /// Where Kata's servers keep what is beside a VM.
 const KATA_SANDBOXES: &str = "/run/vc/sbs";
@@ -121,6 +122,12 @@ pub fn from_wire(
     let dir = dir
         .filter(|d| d.file_name().is_some_and(|n| n == message.id.as_str()))
         .ok_or_else(|| bad(format!("monitor {:?} is not in its directory", read.monitor)))?;
+    // As root, never where another user decides what stands in a VM's directory.
+    if let Err(e) = check_existing(&dir, Kind::SharedDirectory) {
+        if let Some(why) = refused(&e) {
+            return Err(bad(why.to_string()));
+        }
+    }
     let Some(ours) = read.ours else {
         let hypervisor: Value = serde_json::from_slice(&message.hypervisor)
             .map_err(|e| bad(format!("its hypervisor JSON: {e}")))?;

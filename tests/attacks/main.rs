@@ -19,4 +19,5 @@
 mod daemon;
 
 mod claimer;
+mod paths;
 mod qemu;

@@ -166,6 +166,15 @@ pub fn vmcache(config: &Path) -> Command {
     c
 }
 
+/// The same for the user whose the server is.
+fn of_user(server: &Option<(u32, PathBuf)>, config: &Path) -> Command {
+    let Some((uid, program)) = server else { return vmcache(config) };
+    let mut c = Command::new(program);
+    c.env_clear().env("PATH", "/usr/bin:/bin").env("VMCACHE_CONFIG", config);
+    c.stdin(Stdio::null()).uid(*uid).gid(*uid);
+    c
+}
+
 /// Runs to its end with some input.
 pub fn feed(mut command: Command, input: &[u8]) -> Output {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -192,6 +201,8 @@ struct Log {
 pub struct Daemon {
     pub dir: Dir,
     pub config: PathBuf,
+    /// Whose it is, as in [`Options`].
+    server: Option<(u32, PathBuf)>,
     child: Child,
     log: Arc<Log>,
 }
@@ -213,12 +224,7 @@ impl Daemon {
     pub fn launch_with(options: &Options, dir: Dir, environment: &[(&str, &str)]) -> Daemon {
         let config = dir.0.join("c.toml");
         fs::write(&config, options.text(&dir.0)).unwrap();
-        let mut command = vmcache(&config);
-        if let Some((uid, program)) = &options.server {
-            command = Command::new(program);
-            command.env_clear().env("PATH", "/usr/bin:/bin").env("VMCACHE_CONFIG", &config);
-            command.stdin(Stdio::null()).uid(*uid).gid(*uid);
-        }
+        let mut command = of_user(&options.server, &config);
         command.args(["serve", "--log", "stderr"]).stderr(Stdio::piped());
         command.envs(environment.iter().copied());
         let mut child = command.spawn().unwrap();
@@ -230,7 +236,8 @@ impl Daemon {
                 shared.news.notify_all();
             }
         });
-        let daemon = Daemon { dir, config, child, log };
+        let server = options.server.clone();
+        let daemon = Daemon { dir, config, server, child, log };
         daemon.wait_log("server-started", 1);
         daemon
     }
@@ -248,7 +255,8 @@ impl Daemon {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut c = vmcache(&self.config);
+        // As the server's user: a configuration and a store of that user's are not root's to use.
+        let mut c = of_user(&self.server, &self.config);
         c.args(args);
         c
     }

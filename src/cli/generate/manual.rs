@@ -193,6 +193,7 @@ fn options() -> String {
         }
         entry(&mut page, option);
     }
+    whose_paths(&mut page);
     section(&mut page, "EXAMPLES");
     paragraph(&mut page, [roman("Four VMs of one CPU and 256 MiB, as clones of a template:")]);
     page.control("nf", []);
@@ -209,6 +210,31 @@ fn options() -> String {
     files(&mut page);
     see_also(&mut page);
     page.render()
+}
+
+/// Which paths are refused, and what for.
+fn whose_paths(page: &mut Roff) {
+    section(page, "WHOSE PATHS");
+    page.text([roman(
+        "Whoever can change a path that stands here decides what the server does. Every component \
+         of it, from / on, must be root's or the server's user's, and not writable for others: \
+         not for everybody; for a group only if that is root's or the server's own; and with no \
+         access control list that lets others write. The same holds for the configuration and \
+         conf.d themselves, for servers and for commands.",
+    )]);
+    for text in [
+        "A directory that others may write and that is sticky, as /tmp, passes, since the entry \
+         below it must be root's or this user's. template_path and conf.d may not be such a \
+         directory themselves.",
+        "A symbolic link is followed where nobody else can change it, and where it leads must \
+         pass alike. What is written, locked or replaced is never a link.",
+        "A FIFO, a socket or a device where a file is needed is refused, and not opened. So is a \
+         FUSE file system of another user.",
+        "The error names the component, whose it is, and what to do. /usr/local of mode 2775 and \
+         group staff, as older Debian systems have it, is refused: chmod g-w.",
+    ] {
+        paragraph(page, [roman(text)]);
+    }
 }
 
 fn entry(page: &mut Roff, option: &Opt) {

@@ -3,17 +3,21 @@
 
 mod manual;
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
 use clap::CommandFactory;
-use clap_complete::{generate_to, Shell};
+use clap_complete::{generate as generate_completions, Generator, Shell};
+use nix::unistd::geteuid;
 
 use super::args::{Cli, Generate};
 use super::output::{Failure, FAILED};
 use super::Outcome;
 use crate::config::sample;
+use crate::trusted_path::{Destination, Kind, TrustedPath};
+
+/// Permissions of the directory, where it is made.
+const DIRECTORY: u32 = 0o755;
 
 /// Writes all of it.
 pub fn generate(g: &Generate) -> Outcome {
@@ -23,12 +27,19 @@ pub fn generate(g: &Generate) -> Outcome {
 }
 
 fn write(dir: &Path) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
+    if geteuid().is_root() {
+        TrustedPath::make_directory(dir, DIRECTORY, Kind::SharedDirectory)?;
+    } else {
+        std::fs::create_dir_all(dir)?;
+    }
+    let put = |name: &str, bytes: &[u8]| Destination::named(&dir.join(name))?.replace(bytes);
     for (name, page) in manual::pages()? {
-        fs::write(dir.join(name), page)?;
+        put(&name, &page)?;
     }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut Cli::command(), "vmcache", dir)?;
+        let mut text = Vec::new();
+        generate_completions(shell, &mut Cli::command(), "vmcache", &mut text);
+        put(&shell.file_name("vmcache"), &text)?;
     }
-    fs::write(dir.join("configuration.toml"), sample(true))
+    put("configuration.toml", sample(true).as_bytes())
 }

@@ -55,9 +55,13 @@ pub fn start(cli: &Cli) -> Result<(), Failure> {
     let server = matches!(cli.command, Command::Serve | Command::Factory(Factory::Init));
     let mut logging = match &cli.command {
         // A broken configuration is reported when it is read for real.
-        _ if server => {
-            Config::load(cli.common.config.as_deref()).map(|c| c.logging).unwrap_or_default()
-        }
+        _ if server => match Config::load(cli.common.config.as_deref()) {
+            Ok(config) => {
+                config.check_log()?;
+                config.logging
+            }
+            Err(_) => Logging::default(),
+        },
         Command::Proxy(p) if p.debug => to_auto(LevelFilter::Debug),
         Command::Proxy(_) => to_auto(LevelFilter::Warn),
         _ => Logging { to: LogTo::Stderr, ..to_auto(LevelFilter::Warn) },

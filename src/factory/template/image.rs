@@ -27,6 +27,7 @@ use crate::events::event;
 use crate::hypervisor::qemu::bzimage;
 use crate::report::chain;
 use crate::sys::sealed;
+use crate::trusted_path::Destination;
 use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_template, BootError, Phase};
 use crate::vm::shape::{self, Stamp};
@@ -176,7 +177,7 @@ fn reuse(
     }
     let open = |name: &str| {
         let path = place.path().join(name);
-        OpenOptions::new().read(true).write(true).open(&path).map_err(on(&path))
+        Destination::of(&path).and_then(|file| file.open(true)).map_err(on(&path))
     };
     let (memory, state) = (open(MEMORY)?, open(STATE)?);
     let wrong = || Err(io::Error::other("its files are not what its manifest says"));

@@ -3,14 +3,15 @@
 //! Invariant: it is written last, whole or not at all; where there is none,
 //! there is no template.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_derive::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::digest::sha256;
+use crate::trusted_path::{Destination, TrustedPath};
 use crate::vm::shape::{self, Stamp};
 
 /// The file's name.
@@ -65,7 +66,7 @@ impl Parts {
     /// When a file can not be read; the text names it.
     pub fn of(config: &Config) -> io::Result<Parts> {
         let part = |path: PathBuf| {
-            let digest = File::open(&path).and_then(sha256);
+            let digest = TrustedPath::file(&path).and_then(|f| f.open()).and_then(sha256);
             let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
             Ok(Part { sha256: digest.map_err(named)?, path })
         };
@@ -82,18 +83,18 @@ impl Manifest {
     /// As the file system's.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
-        let temporary = dir.join(NEW);
-        fs::write(&temporary, bytes)?;
-        fs::rename(&temporary, dir.join(FILE))
+        let new = Destination::of(&dir.join(NEW))?;
+        new.create(0o644)?.write_all(&bytes)?;
+        new.rename(FILE)
     }
 
     /// Reads a template's directory; with it, the file's identity, which is
     /// another one when the template is.
     ///
     /// # Errors
-    /// When there is none, or it is damaged.
+    /// When there is none, or it is damaged, or not only root's and this user's.
     pub fn read(dir: &Path) -> io::Result<(Manifest, Stamp)> {
-        let file = File::open(dir.join(FILE))?;
+        let file = Destination::of(&dir.join(FILE))?.open(false)?;
         let stamp = Stamp::of(&file.metadata()?);
         let mut bytes = Vec::new();
         file.take(MAX_FILE).read_to_end(&mut bytes)?;

@@ -32,6 +32,7 @@ use super::{BaseFactory, Error, VmStatus};
 use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::events::event;
+use crate::trusted_path::{check_existing, refused, Kind};
 use crate::vm::birth::Watch;
 use crate::vm::boot::{boot_clone, BootError, Origin, Purpose};
 use crate::vm::{Vm, VmConfig};
@@ -123,10 +124,14 @@ impl Template {
     /// What there is.
     ///
     /// # Errors
-    /// When the files that it is made from can not be read.
+    /// When the files that it is made from cannot be read, or others can change its own.
     pub fn status(&self) -> io::Result<Status> {
         let path = path(&self.config);
-        let manifest = Manifest::read(&path).ok().map(|(m, _)| m);
+        check_existing(&path, Kind::Directory)?;
+        let manifest = match Manifest::read(&path) {
+            Err(e) if refused(&e).is_some() => return Err(e),
+            read => read.ok().map(|(m, _)| m),
+        };
         let parts = Parts::of(&self.config)?;
         let fits = |m: &Manifest| m.parts == parts && image::complete(&path, m);
         let fits = manifest.as_ref().is_some_and(fits);

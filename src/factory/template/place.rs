@@ -1,14 +1,15 @@
 //! Where a template lives: a private directory in memory, with room for it.
 //!
-//! Invariants: a tmpfs is mounted only where none is mounted, by one process at
+//! Invariants: nobody but root and this process's user can put another directory into its place,
+//! or files into it ([`crate::trusted_path`]); a tmpfs is mounted only where none is mounted, by one process at
 //! a time, so never a second one on top of a busy one; it is found too small
 //! before anything is booted; whoever changes what is there holds the lock; no
 //! wait for that is endless.
 
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::statfs::{fstatfs, TMPFS_MAGIC};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::geteuid;
+
+use crate::trusted_path::{Destination, Kind, TrustedPath};
 
 /// Name by which a tmpfs of ours is known in the mount table.
 const SOURCE: &str = "vmcache-template";
@@ -39,8 +42,6 @@ pub enum Error {
     Io { during: &'static str, path: PathBuf, source: io::Error },
     /// It is on a disk, and only root can mount.
     NotMemory { path: PathBuf },
-    /// Others could change it.
-    Shared { path: PathBuf, uid: u32, mode: u32 },
     /// There is not enough room.
     Full { path: PathBuf, needed: u64, free: u64 },
     /// Another process works on it for too long.
@@ -57,12 +58,6 @@ impl fmt::Display for Error {
                 f,
                 "template_path {} is not in memory: choose a directory below /dev/shm, or run as \
                  root, who can mount a tmpfs there",
-                path.display()
-            ),
-            Error::Shared { path, uid, mode } => write!(
-                f,
-                "template_path {} belongs to uid {uid} with mode {mode:o}: it must be this user's, \
-                 and nobody else may write there",
                 path.display()
             ),
             Error::Full { path, needed, free } => write!(
@@ -110,13 +105,12 @@ impl Place {
     /// See [`Error`].
     pub fn open(path: &Path, memory: u32, within: Duration) -> Result<Place, Error> {
         let failed = |during, source: io::Error| Error::Io { during, path: path.into(), source };
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(|e| failed("make", e))?;
+        let made = TrustedPath::make_directory(path, 0o700, Kind::Directory)
+            .map_err(|e| failed("make", e))?;
         // As the mount table has it.
-        let path = fs::canonicalize(path).map_err(|e| failed("find", e))?;
-        private(&path)?;
+        let path = made.path().to_path_buf();
         // Whoever mounts has the lock of what is below the mount.
-        let below = File::open(&path).map_err(|e| failed("open", e))?;
+        let below = made.open().map_err(|e| failed("open", e))?;
         let below = locked(below, &path, within)?;
         let in_memory = in_memory(&path).map_err(|e| failed("look at", e))?;
         // One that is mounted there is ours, or an administrator's for this.
@@ -142,13 +136,12 @@ impl Place {
     /// See [`Error`].
     pub fn lock(path: &Path, within: Duration) -> Result<Place, Error> {
         let failed = |during, source: io::Error| Error::Io { during, path: path.into(), source };
-        let path = fs::canonicalize(path).map_err(|e| failed("find", e))?;
-        private(&path)?;
+        let found = TrustedPath::directory(path).map_err(|e| failed("find", e))?;
+        let path = found.path().to_path_buf();
         let name = path.join(LOCK);
         loop {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let file = options.open(&name).map_err(|e| failed("lock", e))?;
+            let file = Destination::of(&name).and_then(|lock| lock.open_or_create(0o600));
+            let file = file.map_err(|e| failed("lock", e))?;
             let lock = locked(file, &name, within)?;
             // Removed by the one who had it, while this one waited.
             let (held, named) = (lock.metadata(), fs::metadata(&name));
@@ -218,17 +211,6 @@ impl Place {
             other => other.map_err(|e| failed("remove", e)),
         }
     }
-}
-
-/// Only this user may change it.
-fn private(path: &Path) -> Result<(), Error> {
-    let failed = |source: io::Error| Error::Io { during: "look at", path: path.into(), source };
-    let meta = fs::symlink_metadata(path).map_err(failed)?;
-    if meta.uid() != geteuid().as_raw() || meta.mode() & 0o022 != 0 {
-        let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
-        return Err(Error::Shared { path: path.into(), uid, mode });
-    }
-    Ok(())
 }
 
 /// Waits for a lock.
@@ -309,7 +291,8 @@ mod tests {
         drop(place);
         let chmod = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         chmod(0o777);
-        assert!(matches!(Place::lock(&path, SOON), Err(Error::Shared { mode: 0o777, .. })));
+        let e = crate::report::chain(&Place::lock(&path, SOON).unwrap_err());
+        assert!(e.contains("is writable for everybody (mode 0777)"), "{e}");
         chmod(0o700);
         let place = Place::lock(&path, SOON).unwrap();
         let e = Place::lock(&path, Duration::ZERO).unwrap_err().to_string();

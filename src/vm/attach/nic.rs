@@ -6,6 +6,7 @@
 use std::error;
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use super::user_net::{By, ADDRESSES};
 use super::Error;
 use crate::sys::process::random;
 use crate::sys::tap;
+use crate::trusted_path::TrustedPath;
 use crate::worker::Worker;
 
 /// Whose network code it is where nothing else is said.
@@ -145,6 +147,18 @@ fn random_mac() -> Result<String, Error> {
     Ok(b.map(|x| format!("{x:02x}")).join(":"))
 }
 
+/// The file of a network namespace. Those of processes are the kernel's: whose the process is,
+/// its pid says to whoever names it.
+fn namespace(path: &Path) -> io::Result<File> {
+    let parts: Vec<&str> = path.to_str().unwrap_or_default().split('/').collect();
+    match parts[..] {
+        ["", "proc", pid, "ns", "net"] if pid == "self" || pid.parse::<u32>().is_ok() => {
+            File::open(path)
+        }
+        _ => TrustedPath::file(path)?.open(),
+    }
+}
+
 fn open_tap(name: &str, netns: Option<&Path>) -> Result<OwnedFd, Error> {
     let error = |what: &str, source| Error::Tap {
         name: name.into(),
@@ -155,7 +169,7 @@ fn open_tap(name: &str, netns: Option<&Path>) -> Result<OwnedFd, Error> {
     let opened = match netns {
         None => tap::open(name),
         Some(path) => {
-            let space = File::open(path).map_err(|e| error("open the namespace", Some(e)))?;
+            let space = namespace(path).map_err(|e| error("open the namespace", Some(e)))?;
             let name = name.to_string();
             // Its namespace is the thread's own, and goes with it.
             let thread = Worker::spawn("vmc-netns", move || {
