@@ -42,7 +42,7 @@ for path in sorted(root.rglob("*.yaml")):
         else:
             kubernetes_validate.validate(document, VERSION, strict=True)
             checked += 1
-assert checked >= 4, f"only {checked} manifests"
+assert checked >= 6, f"only {checked} manifests"
 
 # A schema that accepts everything would prove nothing.
 daemonset = documents(root / "base/daemonset.yaml")[0]
@@ -62,8 +62,28 @@ volumes = {v["name"] for v in spec["volumes"]}
 assert {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v} <= maps
 for container in spec["containers"]:
     assert {m["name"] for m in container["volumeMounts"]} <= volumes, container["name"]
-ports = {p["name"] for c in spec["containers"] for p in c.get("ports", [])}
+
+# Who measures may look, and do nothing else: no user but nobody, no capability, no network of
+# the node's, no image by a name that may become another's.
+measures, policy = documents(root / "base/measures.yaml")
+measured = measures["spec"]["template"]["spec"]
+volumes = {v["name"] for v in measured["volumes"]}
+assert not any(measured.get(key) for key in ("hostNetwork", "hostPID", "hostIPC"))
+assert measured["securityContext"]["runAsNonRoot"] and measured["securityContext"]["runAsUser"] == 65534
+for container in measured["containers"]:
+    own = container["securityContext"]
+    assert own["capabilities"] == {"drop": ["ALL"]} and not own["allowPrivilegeEscalation"], container["name"]
+    assert own["readOnlyRootFilesystem"] and "runAsUser" not in own, container["name"]
+    assert {m["name"] for m in container["volumeMounts"]} <= volumes, container["name"]
+for container in measured["containers"] + measured["initContainers"] + spec["containers"]:
+    # Kustomize names ours.
+    assert container["image"] == "vmcache" or "@sha256:" in container["image"], container["image"]
+labels = measures["spec"]["template"]["metadata"]["labels"]
+assert policy["spec"]["podSelector"]["matchLabels"] == labels
+ports = {p["name"] for c in measured["containers"] for p in c.get("ports", [])}
+assert policy["spec"]["ingress"][0]["ports"][0]["port"] in ports
 monitor = documents(root / "overlays/monitoring/podmonitor.yaml")[0]
 assert {e["port"] for e in monitor["spec"]["podMetricsEndpoints"]} <= ports
+assert monitor["spec"]["selector"]["matchLabels"] == labels
 priority = documents(root / "base/priorityclass.yaml")[0]["metadata"]["name"]
 assert spec["priorityClassName"] == priority
