@@ -1,4 +1,5 @@
-//! The manual: vmcache(1) and a page for each command, vmcached(8), vmcache.toml(5).
+//! The manual: vmcache(1) and a page for each command, vmcached(8), vmcache.toml(5),
+//! vmcache-security(7).
 
 use std::io;
 
@@ -6,6 +7,7 @@ use clap::{Command, CommandFactory};
 use clap_mangen::roff::{bold, italic, roman, Inline, Roff};
 use clap_mangen::Man;
 
+use super::security;
 use crate::cli::args::Cli;
 use crate::cli::metrics::FAMILIES;
 use crate::config::options::{Opt, OPTIONS};
@@ -19,6 +21,7 @@ pub fn pages() -> io::Result<Vec<(String, Vec<u8>)>> {
     page(command, "vmcache", &mut all)?;
     all.push(("vmcached.8".into(), daemon().into_bytes()));
     all.push(("vmcache.toml.5".into(), options().into_bytes()));
+    all.push(("vmcache-security.7".into(), security::page().into_bytes()));
     Ok(all)
 }
 
@@ -61,7 +64,7 @@ fn leaked(name: &str) -> &'static str {
     Box::leak(name.to_string().into_boxed_str())
 }
 
-fn head(page: &mut Roff, title: &str, number: &str, name: &str) {
+pub(super) fn head(page: &mut Roff, title: &str, number: &str, name: &str) {
     page.control(
         "TH",
         [title, number, "", &format!("vmcache {}", env!("CARGO_PKG_VERSION")), "vmcache"],
@@ -70,22 +73,22 @@ fn head(page: &mut Roff, title: &str, number: &str, name: &str) {
     page.text([roman(name)]);
 }
 
-fn section(page: &mut Roff, title: &str) {
+pub(super) fn section(page: &mut Roff, title: &str) {
     page.control("SH", [title]);
 }
 
-fn item(page: &mut Roff, term: &str, text: &str) {
+pub(super) fn item(page: &mut Roff, term: &str, text: &str) {
     page.control("TP", []);
     page.text([bold(term)]);
     page.text([roman(text)]);
 }
 
-fn paragraph(page: &mut Roff, parts: impl Into<Vec<Inline>>) {
+pub(super) fn paragraph(page: &mut Roff, parts: impl Into<Vec<Inline>>) {
     page.control("PP", []);
     page.text(parts);
 }
 
-fn see_also(page: &mut Roff) {
+pub(super) fn see_also(page: &mut Roff) {
     section(page, "SEE ALSO");
     page.text([
         bold("vmcache"),
@@ -93,7 +96,9 @@ fn see_also(page: &mut Roff) {
         bold("vmcached"),
         roman("(8), "),
         bold("vmcache.toml"),
-        roman("(5)"),
+        roman("(5), "),
+        bold("vmcache-security"),
+        roman("(7)"),
     ]);
 }
 

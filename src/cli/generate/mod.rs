@@ -2,6 +2,7 @@
 //! from what the program itself knows. For whoever makes a package.
 
 mod manual;
+mod security;
 
 use std::io;
 use std::path::Path;
