@@ -15,6 +15,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use serde_json::{json, Value};
 
@@ -65,7 +66,11 @@ struct Witnesses {
     _abstract: UnixListener,
     _datagram: UnixDatagram,
     shm: i32,
+    key: i32,
 }
+
+/// A key for each test's shared memory.
+static NEXT_KEY: AtomicI32 = AtomicI32::new(1);
 
 impl Witnesses {
     fn new(dir: &Path, uid: u32) -> Witnesses {
@@ -81,14 +86,16 @@ impl Witnesses {
         let datagram = UnixDatagram::bind(dir.join("datagram")).unwrap();
         let open = fs::Permissions::from_mode(0o777);
         fs::set_permissions(dir.join("datagram"), open).unwrap();
+        let key = std::process::id() as i32 * 64 + NEXT_KEY.fetch_add(1, Ordering::SeqCst);
         // SAFETY: integers only.
-        let shm = unsafe { libc::shmget(0x76_6d_63 + std::process::id() as i32, 4096, 0o1666) };
+        let shm = unsafe { libc::shmget(key, 4096, 0o1666) };
         assert!(shm >= 0, "{}", std::io::Error::last_os_error());
         Witnesses {
             tcp: TcpListener::bind("127.0.0.1:0").unwrap(),
             _abstract: UnixListener::bind_addr(&name).unwrap(),
             _datagram: datagram,
             shm,
+            key,
             dir,
         }
     }
@@ -173,7 +180,7 @@ fn attempts(case: &Case) -> BTreeMap<String, String> {
         "own-ledger": of("pid"), "secret": at("secret"), "witness": at("witness"),
         "moved": at("moved"), "new-file": at("new"), "own": daemon.store(),
         "template-memory": template.join("memory"), "template-state": template.join("state"),
-        "shm": 0x76_6d_63 + std::process::id(),
+        "shm": host.key,
     });
     order(&path, &orders);
     // One of them goes, and what is made in its place is the attacker.

@@ -266,7 +266,7 @@ fn a_panic_of_any_thread_ends_the_server_and_no_vm() {
         ("pool", "vmc-pool"),
         ("rpc", "vmc-rpc-"),
         ("accept", "vmc-accept"),
-        ("boot", "vmc-boot-0"),
+        ("boot", "vmc-boot-"),
     ] {
         let file = dir.0.join("fault");
         let fault = format!("{point}:{}", file.display());
