@@ -262,12 +262,9 @@ fn a_panic_of_any_thread_ends_the_server_and_no_vm() {
     let options = Options::pool(&prepared, 1);
     let mut dir = Dir::new();
     let mut before: Option<Vec<(String, i64)>> = None;
-    for (point, thread) in [
-        ("pool", "vmc-pool"),
-        ("rpc", "vmc-rpc-"),
-        ("accept", "vmc-accept"),
-        ("boot", "vmc-boot-"),
-    ] {
+    for (point, thread) in
+        [("pool", "vmc-pool"), ("rpc", "vmc-rpc-"), ("accept", "vmc-accept"), ("boot", "vmc-boot-")]
+    {
         let file = dir.0.join("fault");
         let fault = format!("{point}:{}", file.display());
         let mut daemon = Daemon::launch_with(&options, dir, &[("VMCACHE_FAULT", &fault)]);
