@@ -8,8 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{json, Value};
 
 use super::args::{Common, Json, Many, One, Ps};
-use super::output::{age, harmless, table, Failure, FAILED};
-use super::{optional_config, Outcome};
+use super::output::{age, Failure, FAILED};
+use super::{optional_config, print, Outcome};
 use crate::agent::ListFormat;
 use crate::config::options::{find, Fallback, OURS};
 use crate::factory::grpccache::{Error, GrpcCache};
@@ -104,7 +104,14 @@ pub fn with_guest<T>(
 pub fn ps(common: &Common, o: &Ps) -> Outcome {
     let format = if o.json.json { ListFormat::Json } else { ListFormat::Table };
     let bytes = with_guest(common, &o.id, |g| Ok(g.list_processes(format, &o.args)?))?;
-    println!("{}", harmless(&String::from_utf8_lossy(&bytes)).trim_end());
+    if o.json.json {
+        let pids = serde_json::from_slice::<Vec<i64>>(&bytes).map_err(|e| {
+            Failure::new(FAILED, format!("the guest's list of processes is none: {e}"))
+        })?;
+        print::json(&json!(pids))?;
+    } else {
+        print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
+    }
     Ok(0)
 }
 
@@ -127,7 +134,7 @@ pub fn stats(common: &Common, o: &One) -> Outcome {
         "network": network.collect::<Vec<_>>(),
     });
     if o.json.json {
-        println!("{v}");
+        print::json(&v)?;
         return Ok(0);
     }
     let number = |k: &str| v[k].as_u64().unwrap_or(0) as f64;
@@ -137,7 +144,7 @@ pub fn stats(common: &Common, o: &One) -> Outcome {
         ("processes", format!("{}", number("processes"))),
     ];
     for (name, value) in rows {
-        println!("{name:<10} {value}");
+        print::line(format!("{name:<10} {value}"))?;
     }
     Ok(0)
 }
@@ -163,6 +170,7 @@ pub fn resume(common: &Common, o: &One) -> Outcome {
 /// `vmcache stop`.
 pub fn stop(common: &Common, m: &Many) -> Outcome {
     let mut failed = None;
+    let mut printed = Ok(());
     for id in &m.ids {
         match find_ledger(common, id) {
             Ok((path, ledger)) => {
@@ -180,7 +188,8 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
                     // Dead already: what is left of it is its directory.
                     Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
                 }
-                println!("{id}");
+                // The others end, whether or not somebody reads it.
+                printed = printed.and_then(|()| print::line(id));
             }
             Err(e) => {
                 e.report();
@@ -189,7 +198,7 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
         }
     }
     match failed {
-        None => Ok(0),
+        None => printed.map(|()| 0),
         Some(_) => Err(Failure::new(FAILED, "not all of them were stopped as they should be")),
     }
 }
@@ -240,7 +249,7 @@ pub fn list(common: &Common, j: Json) -> Outcome {
         }));
     }
     if j.json {
-        println!("{}", Value::Array(vms));
+        print::json(&Value::Array(vms))?;
         return Ok(0);
     }
     let heads = ["ID", "PID", "STATE", "SOURCE", "CPUS", "MIB", "AGE", "CLAIMED BY"];
@@ -253,6 +262,6 @@ pub fn list(common: &Common, j: Json) -> Outcome {
         row.extend([age(vm["age_s"].as_u64().unwrap_or(0)), owner]);
         rows.push(row);
     }
-    print!("{}", table(&rows));
+    print::table(&rows)?;
     Ok(0)
 }

@@ -17,7 +17,7 @@ use super::output::{Failure, IN_VMCACHE, USAGE};
 use super::progress::Progress;
 use super::session::Session;
 use super::terminal::Terminal;
-use super::{connect, own_config, Outcome};
+use super::{connect, own_config, print, Outcome};
 use crate::config::options::QEMU;
 use crate::factory::grpccache::{Error, GrpcCache};
 use crate::factory::{direct, Factory, Obtained, Wanted};
@@ -49,10 +49,13 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
         "agent_url": vm.agent_address().to_string(), "source": vm.source(),
         "cpus": vm.cpus(), "memory_mib": vm.memory_mib(), "fallback": fallback,
     });
-    let line = if g.json.json { shown.to_string() } else { vm.id().to_string() };
     // Before its id is out: whoever reads that may own it at once.
     session.release();
-    println!("{line}");
+    // Nobody knows of it when this fails: it ends then.
+    match g.json.json {
+        true => print::json(&shown)?,
+        false => print::line(vm.id())?,
+    }
     let id = vm.id().to_string();
     vm.let_go();
     if cold {
@@ -113,7 +116,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         }
     };
     if let Some(why) = guest.fallback() {
-        eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
+        print::message(format!("warning: this VM was booted cold: the pool's differ ({why})"));
     }
     attachments.attach(&mut guest)?;
     let timeout = r.process.timeout.map(Duration::from_secs);
@@ -141,7 +144,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         }
         let id = guest.vm().id().to_string();
         let pools = !guest.vm().ledger().endpoint.is_empty();
-        eprintln!("{id}");
+        print::bare_message(&id);
         guest.keep().let_go();
         if pools {
             kept(&connect(common)?, &id)?;
