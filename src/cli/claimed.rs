@@ -18,7 +18,7 @@ use crate::sys::process::{start_time, state};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::wire::from_directory;
 use crate::vm::Vm;
-use crate::workload::{self, holds_disks, Guest, WRITING_OUT};
+use crate::workload::{self, holds_disks, run_state, Guest, RunState, WRITING_OUT};
 
 fn store(common: &Common) -> Result<PathBuf, Failure> {
     if let Some(config) = optional_config(common)? {
@@ -80,21 +80,37 @@ pub fn find_vm(common: &Common, id: &str) -> Result<Vm, Failure> {
     Ok(from_directory(&path, ledger)?)
 }
 
+/// A VM that runs, with its agent. It stays, whatever comes of it.
+pub fn reach(vm: Vm) -> Result<Guest, Failure> {
+    let id = vm.id();
+    let stands = match run_state(&vm) {
+        RunState::Runs => None,
+        RunState::Paused => Some(format!("VM {id} is paused: `vmcache resume {id}`")),
+        RunState::Stopped(status) => Some(format!(
+            "VM {id} does not run any more: QEMU has stopped it ({status}): `vmcache stop {id}` \
+             ends it"
+        )),
+    };
+    let agent = match stands {
+        Some(text) => Err(Failure::new(FAILED, text)),
+        None => vm.connect_agent().map_err(Failure::from),
+    };
+    match agent {
+        Ok(agent) => Ok(Guest::new(vm, agent)),
+        Err(e) => {
+            vm.let_go();
+            Err(e)
+        }
+    }
+}
+
 /// Does something with a VM's agent; the VM stays, whatever comes of it.
 pub fn with_guest<T>(
     common: &Common,
     id: &str,
     f: impl FnOnce(&Guest) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let vm = find_vm(common, id)?;
-    let agent = match vm.connect_agent() {
-        Ok(agent) => agent,
-        Err(e) => {
-            vm.let_go();
-            return Err(e.into());
-        }
-    };
-    let guest = Guest::new(vm, agent);
+    let guest = reach(find_vm(common, id)?)?;
     let result = f(&guest);
     guest.keep().let_go();
     result

@@ -35,6 +35,8 @@ pub struct Failure {
     text: String,
     /// Whether the text has lines of its own ([`print::message_in_lines`]).
     lines: bool,
+    /// What to do, for a VM that is there still.
+    remedy: String,
 }
 
 impl fmt::Display for Failure {
@@ -65,6 +67,14 @@ impl Failure {
         Failure { lines: true, ..self }
     }
 
+    /// The VM that it is about ends now: nothing is to be done for it.
+    pub fn of_ended_vm(mut self) -> Failure {
+        if !self.remedy.is_empty() {
+            self.remedy = "it is ended".into();
+        }
+        self
+    }
+
     /// For commands whose exit code is another program's: any failure of ours
     /// is 125, but what is said of that program itself.
     pub fn in_vmcache(mut self) -> Failure {
@@ -76,10 +86,11 @@ impl Failure {
 
     /// Prints it; its exit code.
     pub fn report(&self) -> u8 {
-        match self.text.is_empty() {
-            true => {}
-            false if self.lines => print::message_in_lines(&self.text),
-            false => print::message(&self.text),
+        match (self.text.is_empty(), self.remedy.as_str()) {
+            (true, _) => {}
+            (false, "") if self.lines => print::message_in_lines(&self.text),
+            (false, "") => print::message(&self.text),
+            (false, remedy) => print::message(format!("{}: {remedy}", self.text)),
         }
         self.code
     }
@@ -141,14 +152,29 @@ impl From<workload::Error> for Failure {
             workload::Error::NotExecutable { .. } => NOT_EXECUTABLE,
             _ => FAILED,
         };
-        Failure::of(code, &e)
+        let remedy = e.lost_vm().map_or(String::new(), ends);
+        Failure { remedy, ..Failure::of(code, &e) }
     }
 }
 
 impl From<vm::Error> for Failure {
     fn from(e: vm::Error) -> Failure {
-        Failure::of(FAILED, &e)
+        let remedy = match &e {
+            vm::Error::Agent { id, source: agent::Error::Connect { source } }
+                if source.is_guests() =>
+            {
+                ends(id)
+            }
+            vm::Error::Agent { id, source: agent::Error::Call { .. } } => ends(id),
+            _ => String::new(),
+        };
+        Failure { remedy, ..Failure::of(FAILED, &e) }
     }
+}
+
+/// What to do about a VM that is of no use any more.
+fn ends(id: &str) -> String {
+    format!("`vmcache stop {id}` ends it")
 }
 
 impl From<BootError> for Failure {

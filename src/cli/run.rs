@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::args::{Common, Exec, Get, Process, Run};
 use super::attach::Attachments;
-use super::claimed::find_vm;
+use super::claimed::{find_vm, reach};
 use super::output::{Failure, IN_VMCACHE, USAGE};
 use super::progress::Progress;
 use super::session::Session;
@@ -136,7 +136,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     // A command may take days, and needs no connection; its VM has to be there until the
     // server knows what it was told of it.
     let told = server.map(|server| Worker::spawn("vmc-told", move || drop(server)));
-    let ended = session.attach(&running, terminal, timeout)?;
+    let ended = session.attach(&running, terminal, timeout).map_err(Failure::of_ended_vm)?;
     if r.keep {
         session.release();
         if ended.known {
@@ -212,15 +212,7 @@ pub fn exec(common: &Common, e: &Exec) -> Outcome {
     let terminal = e.process.tty.then(Terminal::open).transpose()?;
     let command = command(&e.process, terminal.as_ref())?;
     let session = Session::start()?;
-    let vm = find_vm(common, &e.id)?;
-    let agent = match vm.connect_agent() {
-        Ok(agent) => agent,
-        Err(error) => {
-            vm.let_go();
-            return Err(error.into());
-        }
-    };
-    let guest = Guest::new(vm, agent);
+    let guest = reach(find_vm(common, &e.id)?)?;
     let timeout = e.process.timeout.map(Duration::from_secs);
     let result = guest.exec(&command).map_err(Failure::from).and_then(|running| {
         let ended = session.attach(&running, terminal, timeout);
