@@ -14,6 +14,7 @@ mod doctor;
 mod escape;
 mod generate;
 mod guest;
+mod interrupt;
 mod logging;
 mod metrics;
 mod mkinitrd;
