@@ -18,3 +18,4 @@
 #[path = "../integration/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
+mod guest;
