@@ -6,9 +6,9 @@
 //! that is trusted ([`Policy::archive`]) also owners, all modes, times, extended
 //! attributes, devices and FIFOs.
 //!
-//! Invariants: nothing is written outside the target ([`Target`]), nor more than is allowed
-//! ([`Budget`]); a file is whole, or it is not there; in memory are at most [`MAX_NAMES`]
-//! bytes of an entry, 20 bytes or so for each inode made, and [`MAX_KEPT`] bytes of
+//! Invariants: nothing is written outside the target (`Target`), nor more than is allowed
+//! (`Budget`); a file is whole, or it is not there; in memory are at most [`MAX_NAMES`]
+//! bytes of an entry, 20 bytes or so for each inode made, and `MAX_KEPT` bytes of
 //! directories.
 //!
 //! Does not: restore what was there before an error; what came until then stays.

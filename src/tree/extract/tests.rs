@@ -652,6 +652,43 @@ fn half_a_file_is_none() {
     assert!(matches!(e, Error::Stopped), "{e}");
 }
 
+/// Another user of this host who may write to the target, and is quick: a directory becomes
+/// a link that leads out, again and again, while files are written to it.
+#[test]
+fn a_directory_that_is_swapped_for_a_link_leads_nowhere() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let place = Place::below(Path::new("/dev/shm"), "swapped");
+    fs::create_dir(place.0.join("target/elsewhere")).unwrap();
+    let outside = Place::below(Path::new("/dev/shm"), "outside");
+    let t = place.target().join("t");
+    let done = AtomicBool::new(false);
+    let swapping = || {
+        let (dir, away) = (t.join("d"), place.target().join("elsewhere/d"));
+        while !done.load(Ordering::SeqCst) {
+            let _ = fs::rename(&dir, &away);
+            let _ = symlink(&outside.0, &dir);
+            let _ = fs::remove_file(&dir);
+            let _ = fs::rename(&away, &dir);
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(swapping);
+        for round in 0..200 {
+            let mut entries = vec![directory(b"t"), directory(b"t/d")];
+            for n in 0..20 {
+                entries.push(file(format!("t/d/{n}").as_bytes(), b"x"));
+                entries.push(link(format!("t/d/l{n}").as_bytes(), b'1', b"t/d/0"));
+                // So that the directory is found anew.
+                entries.push(file(format!("t/{round}").as_bytes(), b"x"));
+            }
+            let _ = place.extract(&stream(&entries));
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    outside.outside_is_as_it_was();
+    assert_eq!(fs::read_dir(outside.target()).unwrap().count(), 0);
+}
+
 #[test]
 fn names_of_any_bytes_are_on_disk_as_they_came() {
     let place = Place::new("bytes");
