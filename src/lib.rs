@@ -54,7 +54,9 @@
 //! - Every wait has a deadline or an event that must come; every queue and
 //!   buffer has a named bound.
 //! - Bytes from outside (gRPC, QMP, agents, configuration, ledgers) never panic.
-//! - `unsafe` and libc are in [`sys`] only; threads start in `worker` only.
+//! - `unsafe` and libc are in [`sys`] only; threads start in `worker` only; commands print
+//!   by `cli::print` only, which makes what guests and files say harmless.
+//! - What a guest sends is written on the host by `tree::extract` only.
 //!
 //! # Deliberately absent
 //!

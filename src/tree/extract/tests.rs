@@ -337,7 +337,7 @@ fn devices_and_fifos_are_errors_by_name_and_what_came_before_stays() {
 #[test]
 fn an_archive_of_a_trusted_guest_has_all() {
     if !nix::unistd::geteuid().is_root() {
-        return eprintln_skipped();
+        return skipped("not root: no other owners, no devices");
     }
     let place = Place::new("archive");
     let policy = Policy { archive: true, ..Policy::of("t") };
@@ -385,9 +385,11 @@ fn an_archive_of_a_trusted_guest_has_all() {
     place.outside_is_as_it_was();
 }
 
-fn eprintln_skipped() {
-    // As other tests that need root do: loudly.
-    log::warn!("SKIPPED: not root");
+/// For who tests without the rights that this needs; CI has them.
+#[allow(clippy::disallowed_macros)] // A test's word, and loud.
+fn skipped(what: &str) {
+    assert!(std::env::var_os("VMCACHE_REQUIRE_QEMU").is_none(), "{what}");
+    eprintln!("SKIPPED: {what}");
 }
 
 #[test]
@@ -467,7 +469,7 @@ fn a_million_entries_are_bounded_in_number_and_memory() {
 fn the_last_twentieth_of_a_file_system_stays_free() {
     use nix::mount::{mount, umount2, MntFlags, MsFlags};
     if !nix::unistd::geteuid().is_root() {
-        return eprintln_skipped();
+        return skipped("not root: no file system of its own");
     }
     let place = Place::new("full");
     let target = place.target();
@@ -477,7 +479,7 @@ fn the_last_twentieth_of_a_file_system_stays_free() {
     };
     if tmpfs("size=4m,nr_inodes=100").is_err() {
         // In a container without the right to mount; CI's has it.
-        return eprintln_skipped();
+        return skipped("no right to mount a file system");
     }
     let free = || {
         let all = nix::sys::statvfs::statvfs(&target).unwrap();
