@@ -8,6 +8,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use crate::proto::control::{ClaimRequest, StatusReply};
 use crate::transport::frame::{Deframer, HEADER, MAX_PAYLOAD};
 use crate::transport::hybrid_vsock::shake_hands;
 use crate::transport::yamux::{Session, MAX_STREAMS, WINDOW};
-use crate::tree;
+use crate::tree::{self, Policy, Stop};
 use crate::vm::ledger::Ledger;
 use crate::vm::{wire, VmConfig};
 
@@ -57,7 +58,7 @@ const fn target(name: &'static str, most: usize, run: fn(&[u8])) -> Target {
 }
 
 /// All.
-pub static TARGETS: [Target; 14] = [
+pub static TARGETS: [Target; 15] = [
     target("qmp", 2 * MAX_LINE + SOME, qmp),
     target("ttrpc", PROTOBUF + SOME, ttrpc),
     target("yamux-client", WINDOW as usize * 2 + SOME, yamux_client),
@@ -72,6 +73,7 @@ pub static TARGETS: [Target; 14] = [
     target("ledger", SOME, ledger),
     target("manifest", SOME, manifest),
     target("tar", tree::MAX_NAMES as usize + SOME, tar),
+    target("extract", tree::MAX_NAMES as usize + SOME, extract),
 ];
 
 /// One end of a connection on which these bytes came, and no more will.
@@ -220,11 +222,58 @@ fn manifest(bytes: &[u8]) {
 
 /// Whatever the guest's names say, nothing is written beside the target.
 fn tar(bytes: &[u8]) {
-    let around = place("tar");
+    beside_nothing("tar", |target| {
+        let _ = tree::unpack(&mut &bytes[..], target, false);
+    });
+}
+
+/// The same of the one that does not trust the guest: nor is anything of another name in
+/// it, or of another kind, or more than is allowed.
+fn extract(bytes: &[u8]) {
+    let most = Policy { bytes: 1 << 20, entries: 64, ..Policy::of("t") };
+    beside_nothing("extract", |target| {
+        let _ = tree::extract(&mut &bytes[..], target, &most, &Stop::default());
+        // Once more with sums that are right: hardly a mutation leaves one so.
+        let _ = tree::extract(&mut &summed(bytes)[..], target, &most, &Stop::default());
+        let mut left: Vec<PathBuf> = vec![target.to_path_buf()];
+        let (mut entries, mut size) = (0, 0);
+        while let Some(path) = left.pop() {
+            let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o700));
+            for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
+                assert!(path != target || entry.file_name() == "t");
+                let Ok(meta) = entry.path().symlink_metadata() else { continue };
+                let kind = meta.file_type();
+                assert!(kind.is_file() || kind.is_dir() || kind.is_symlink());
+                assert!(kind.is_symlink() || meta.mode() & 0o7000 == 0);
+                entries += 1;
+                size += if kind.is_file() { meta.len() / meta.nlink() } else { 0 };
+                if kind.is_dir() {
+                    left.push(entry.path());
+                }
+            }
+        }
+        assert!(entries <= 128 && size <= 2 << 20, "{entries} entries, {size} bytes");
+    });
+}
+
+/// The same blocks, those that look like tar's headers with their sums.
+fn summed(bytes: &[u8]) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    for block in out.chunks_exact_mut(512).filter(|b| b[257..262] == *b"ustar") {
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    out
+}
+
+/// A directory to write to, beside which nothing may change.
+fn beside_nothing(name: &str, write: impl FnOnce(&Path)) {
+    let around = place(name);
     let target = around.join("target");
     let _ = fs::write(around.join("witness"), "unchanged");
     let _ = fs::create_dir(&target);
-    let _ = tree::unpack(&mut &bytes[..], &target, false);
+    write(&target);
     let mut beside: Vec<_> =
         fs::read_dir(&around).into_iter().flatten().flatten().map(|e| e.file_name()).collect();
     beside.sort();

@@ -181,6 +181,9 @@ pub trait Agent: Send + Sync {
     /// its end: what it does for that is then not left for whoever wakes it.
     /// Dropping ends the connection, too. A later call connects again.
     fn disconnect(&self);
+    /// Ends the connection at once, so that calls that wait for the guest return with an
+    /// error; nothing is waited for. A later call connects again.
+    fn hang_up(&self);
 
     // The guest as a whole.
 

@@ -74,6 +74,8 @@ impl Agent for Noop {
 
     fn disconnect(&self) {}
 
+    fn hang_up(&self) {}
+
     fn check(&self, _: Duration) -> Outcome<()> {
         Ok(())
     }

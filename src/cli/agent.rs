@@ -4,7 +4,7 @@ use serde_json::{json, Map, Value};
 
 use super::args::AgentCommand;
 use super::output::{Failure, FAILED};
-use super::Outcome;
+use super::{print, Outcome};
 use crate::agent::{matrix, Kind};
 
 /// Which agent has which call.
@@ -12,7 +12,7 @@ pub fn agent(command: &AgentCommand) -> Outcome {
     let AgentCommand::Matrix(json) = command;
     let failed = |e| Failure::of(FAILED, &e);
     if !json.json {
-        print!("{}", matrix::markdown().map_err(failed)?);
+        print::block(matrix::markdown().map_err(failed)?)?;
         return Ok(0);
     }
     let rows = matrix::matrix().map_err(failed)?.into_iter().map(|row| {
@@ -23,6 +23,6 @@ pub fn agent(command: &AgentCommand) -> Outcome {
             .collect();
         json!({"method": row.method, "call": row.call, "support": support})
     });
-    println!("{}", Value::Array(rows.collect()));
+    print::json(&Value::Array(rows.collect()))?;
     Ok(0)
 }

@@ -12,6 +12,7 @@ pub use attach::Attach;
 pub use setup::{ConfigCommand, Contents, Generate, Guest, GuestBuild, Mkinitrd};
 
 use crate::factory::Wanted;
+use crate::tree::extract::MAX_ENTRIES;
 
 /// VMs that are booted before anyone asks
 #[derive(Debug, Parser)]
@@ -278,6 +279,32 @@ pub struct Cp {
     pub source: String,
     /// Where to: ID:DIR, or DIR
     pub target: String,
+    /// Out of a VM whose guest is TRUSTED, and as root: owners, set-id bits, times, extended
+    /// attributes, devices and FIFOs, too. Else files, directories and links come out, as
+    /// this user's own
+    #[arg(long)]
+    pub archive: bool,
+    /// Copy no more than this out of a VM: bytes of all files, holes included, with K, M, G
+    /// or T (times 1024); and never so much that less than 5 % of the file system is free
+    #[arg(long, value_name = "SIZE", default_value = "16G", value_parser = size)]
+    pub max_size: u64,
+    /// Copy no more files, directories and links than this out of a VM
+    #[arg(long, value_name = "N", default_value_t = MAX_ENTRIES)]
+    pub max_entries: u64,
+}
+
+/// A number of bytes, with K, M, G or T.
+fn size(text: &str) -> Result<u64, String> {
+    let bad = || "a number, with K, M, G or T after it".to_string();
+    let (digits, factor) = match text.chars().last().map(|c| c.to_ascii_uppercase()) {
+        Some('K') => (&text[..text.len() - 1], 1 << 10),
+        Some('M') => (&text[..text.len() - 1], 1 << 20),
+        Some('G') => (&text[..text.len() - 1], 1 << 30),
+        Some('T') => (&text[..text.len() - 1], 1 << 40),
+        _ => (text, 1u64),
+    };
+    let number = Some(digits).filter(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()));
+    number.and_then(|d| d.parse::<u64>().ok()?.checked_mul(factor)).ok_or_else(bad)
 }
 
 #[derive(Args, Debug)]
@@ -389,6 +416,16 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("16G"), Ok(16 << 30));
+        assert_eq!(size("3k"), Ok(3 << 10));
+        assert_eq!(size("77"), Ok(77));
+        for text in ["", "G", "-1", "1.5G", "1 G", "+1", "18446744073709551615T", "1Gé"] {
+            assert!(size(text).is_err(), "{text}");
+        }
     }
 
     #[test]

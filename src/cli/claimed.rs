@@ -8,8 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{json, Value};
 
 use super::args::{Common, Json, Many, One, Ps};
-use super::output::{age, harmless, table, Failure, FAILED};
-use super::{optional_config, Outcome};
+use super::output::{age, Failure, FAILED};
+use super::{optional_config, print, Outcome};
 use crate::agent::ListFormat;
 use crate::config::options::{find, Fallback, OURS};
 use crate::factory::grpccache::{Error, GrpcCache};
@@ -19,7 +19,7 @@ use crate::trusted_path::{check_existing, refused, Kind};
 use crate::vm::ledger::{Ledger, State};
 use crate::vm::wire::from_directory;
 use crate::vm::Vm;
-use crate::workload::{self, holds_disks, Guest, WRITING_OUT};
+use crate::workload::{self, holds_disks, run_state, Guest, RunState, WRITING_OUT};
 
 fn store(common: &Common) -> Result<PathBuf, Failure> {
     let store = match optional_config(common)? {
@@ -86,21 +86,37 @@ pub fn find_vm(common: &Common, id: &str) -> Result<Vm, Failure> {
     Ok(from_directory(&path, ledger)?)
 }
 
+/// A VM that runs, with its agent. It stays, whatever comes of it.
+pub fn reach(vm: Vm) -> Result<Guest, Failure> {
+    let id = vm.id();
+    let stands = match run_state(&vm) {
+        RunState::Runs => None,
+        RunState::Paused => Some(format!("VM {id} is paused: `vmcache resume {id}`")),
+        RunState::Stopped(status) => Some(format!(
+            "VM {id} does not run any more: QEMU has stopped it ({status}): `vmcache stop {id}` \
+             ends it"
+        )),
+    };
+    let agent = match stands {
+        Some(text) => Err(Failure::new(FAILED, text)),
+        None => vm.connect_agent().map_err(Failure::from),
+    };
+    match agent {
+        Ok(agent) => Ok(Guest::new(vm, agent)),
+        Err(e) => {
+            vm.let_go();
+            Err(e)
+        }
+    }
+}
+
 /// Does something with a VM's agent; the VM stays, whatever comes of it.
 pub fn with_guest<T>(
     common: &Common,
     id: &str,
     f: impl FnOnce(&Guest) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let vm = find_vm(common, id)?;
-    let agent = match vm.connect_agent() {
-        Ok(agent) => agent,
-        Err(e) => {
-            vm.let_go();
-            return Err(e.into());
-        }
-    };
-    let guest = Guest::new(vm, agent);
+    let guest = reach(find_vm(common, id)?)?;
     let result = f(&guest);
     guest.keep().let_go();
     result
@@ -110,7 +126,14 @@ pub fn with_guest<T>(
 pub fn ps(common: &Common, o: &Ps) -> Outcome {
     let format = if o.json.json { ListFormat::Json } else { ListFormat::Table };
     let bytes = with_guest(common, &o.id, |g| Ok(g.list_processes(format, &o.args)?))?;
-    println!("{}", harmless(&String::from_utf8_lossy(&bytes)).trim_end());
+    if o.json.json {
+        let pids = serde_json::from_slice::<Vec<i64>>(&bytes).map_err(|e| {
+            Failure::new(FAILED, format!("the guest's list of processes is none: {e}"))
+        })?;
+        print::json(&json!(pids))?;
+    } else {
+        print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
+    }
     Ok(0)
 }
 
@@ -133,7 +156,7 @@ pub fn stats(common: &Common, o: &One) -> Outcome {
         "network": network.collect::<Vec<_>>(),
     });
     if o.json.json {
-        println!("{v}");
+        print::json(&v)?;
         return Ok(0);
     }
     let number = |k: &str| v[k].as_u64().unwrap_or(0) as f64;
@@ -143,7 +166,7 @@ pub fn stats(common: &Common, o: &One) -> Outcome {
         ("processes", format!("{}", number("processes"))),
     ];
     for (name, value) in rows {
-        println!("{name:<10} {value}");
+        print::line(format!("{name:<10} {value}"))?;
     }
     Ok(0)
 }
@@ -169,6 +192,7 @@ pub fn resume(common: &Common, o: &One) -> Outcome {
 /// `vmcache stop`.
 pub fn stop(common: &Common, m: &Many) -> Outcome {
     let mut failed = None;
+    let mut printed = Ok(());
     for id in &m.ids {
         match find_ledger(common, id) {
             Ok((path, ledger)) => {
@@ -186,7 +210,8 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
                     // Dead already: what is left of it is its directory.
                     Err(_) => drop(crate::vm::dir::VmDir::adopt(&path)),
                 }
-                println!("{id}");
+                // The others end, whether or not somebody reads it.
+                printed = printed.and_then(|()| print::line(id));
             }
             Err(e) => {
                 e.report();
@@ -195,7 +220,7 @@ pub fn stop(common: &Common, m: &Many) -> Outcome {
         }
     }
     match failed {
-        None => Ok(0),
+        None => printed.map(|()| 0),
         Some(_) => Err(Failure::new(FAILED, "not all of them were stopped as they should be")),
     }
 }
@@ -246,7 +271,7 @@ pub fn list(common: &Common, j: Json) -> Outcome {
         }));
     }
     if j.json {
-        println!("{}", Value::Array(vms));
+        print::json(&Value::Array(vms))?;
         return Ok(0);
     }
     let heads = ["ID", "PID", "STATE", "SOURCE", "CPUS", "MIB", "AGE", "CLAIMED BY"];
@@ -259,6 +284,6 @@ pub fn list(common: &Common, j: Json) -> Outcome {
         row.extend([age(vm["age_s"].as_u64().unwrap_or(0)), owner]);
         rows.push(row);
     }
-    print!("{}", table(&rows));
+    print::table(&rows)?;
     Ok(0)
 }

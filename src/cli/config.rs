@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::args::{Common, ConfigCommand};
 use super::output::{Failure, FAILED, USAGE};
-use super::Outcome;
+use super::{print, Outcome};
 use crate::config::served::Served;
 use crate::config::{markdown, sample, show, Config};
 use crate::factory::grpccache::GrpcCache;
@@ -15,11 +15,11 @@ use crate::vm::VmConfig;
 /// Checks or shows.
 pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
     if let ConfigCommand::Show { options: true } = command {
-        print!("{}", markdown());
+        print::block(markdown())?;
         return Ok(0);
     }
     if let ConfigCommand::Sample = command {
-        print!("{}", sample(false));
+        print::block(sample(false))?;
         return Ok(0);
     }
     if let ConfigCommand::Import { from_endpoint, output } = command {
@@ -27,7 +27,7 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
     }
     let config = Config::load(common.config.as_deref())?;
     for line in &config.warnings {
-        eprintln!("vmcache: warning: {line}");
+        print::message(format!("warning: {line}"));
     }
     match command {
         ConfigCommand::Check => {
@@ -38,14 +38,14 @@ pub fn config(common: &Common, command: &ConfigCommand) -> Outcome {
                 false => Vec::new(),
             };
             for line in &users {
-                eprintln!("vmcache: warning: {line}");
+                print::message(format!("warning: {line}"));
             }
             let warnings = config.warnings.len() + users.len();
             let files: Vec<_> = config.files.iter().map(|f| f.display().to_string()).collect();
-            println!("{}: good, {warnings} warnings", files.join(", "));
+            print::line(format!("{}: good, {warnings} warnings", files.join(", ")))?;
         }
         ConfigCommand::Import { .. } | ConfigCommand::Sample => {}
-        ConfigCommand::Show { .. } => print!("{}", show(&config)),
+        ConfigCommand::Show { .. } => print::block(show(&config))?,
     }
     Ok(0)
 }
@@ -85,6 +85,7 @@ fn import(endpoint: &Path, output: &Path) -> Outcome {
     write(&toml_place, &toml)?;
     // What was written must be a configuration.
     Config::read(output)?;
-    println!("{}: VMs for clients of that server ({})", output.display(), beside.display());
+    let (output, beside) = (output.display(), beside.display());
+    print::line(format!("{output}: VMs for clients of that server ({beside})"))?;
     Ok(0)
 }

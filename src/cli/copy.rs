@@ -4,9 +4,10 @@ use std::path::Path;
 
 use super::args::{Common, Cp};
 use super::claimed::with_guest;
+use super::interrupt::Interrupt;
 use super::output::{Failure, FAILED, USAGE};
-use super::Outcome;
-use crate::workload::{copy_in, copy_out};
+use super::{print, Outcome};
+use crate::workload::{copy_in, copy_out, CopyPolicy};
 
 /// Splits `ID:PATH`; a path with a slash before the colon is local.
 fn remote(text: &str) -> Option<(&str, &str)> {
@@ -16,31 +17,64 @@ fn remote(text: &str) -> Option<(&str, &str)> {
 
 /// Copies in or out.
 pub fn cp(common: &Common, c: &Cp) -> Outcome {
-    match (remote(&c.source), remote(&c.target)) {
-        (None, Some((id, directory))) => {
-            let source = Path::new(&c.source);
-            let failed = |why: String| Failure::new(FAILED, format!("copy {}: {why}", c.source));
-            let full = source.canonicalize().map_err(|e| failed(e.to_string()))?;
-            let name = full.file_name().ok_or_else(|| failed("it has no name".into()))?;
-            let directory = if directory.is_empty() { "/" } else { directory };
-            with_guest(common, id, |g| {
-                let directory = in_root(&g.root(), directory)?;
-                Ok(copy_in(g, &full, &directory, Path::new(name))?)
-            })?;
-            Ok(0)
-        }
-        (Some((id, path)), None) => {
-            with_guest(common, id, |g| {
-                let path = in_root(&g.root(), path)?;
-                Ok(copy_out(g, &path, Path::new(&c.target))?)
-            })?;
-            Ok(0)
-        }
+    let interrupt = Interrupt::take()?;
+    let done = match (remote(&c.source), remote(&c.target)) {
+        (None, Some((id, directory))) => copy_into(common, c, id, directory, &interrupt),
+        (Some((id, path)), None) => copy_from(common, c, id, path, &interrupt),
         _ => Err(Failure::new(
             USAGE,
             "one of source and target must be in a VM, as ID:PATH, and the other on this host",
         )),
+    };
+    match interrupt.code() {
+        Some(code) => Ok(code),
+        None => done.map(|()| 0),
     }
+}
+
+fn copy_into(
+    common: &Common,
+    c: &Cp,
+    id: &str,
+    directory: &str,
+    interrupt: &Interrupt,
+) -> Result<(), Failure> {
+    let source = Path::new(&c.source);
+    let failed = |why: String| Failure::new(FAILED, format!("copy {}: {why}", c.source));
+    let full = source.canonicalize().map_err(|e| failed(e.to_string()))?;
+    let name = full.file_name().ok_or_else(|| failed("it has no name".into()))?;
+    let directory = if directory.is_empty() { "/" } else { directory };
+    with_guest(common, id, |g| {
+        let directory = in_root(&g.root(), directory)?;
+        Ok(copy_in(g, &full, &directory, Path::new(name), &interrupt.stop)?)
+    })
+}
+
+fn copy_from(
+    common: &Common,
+    c: &Cp,
+    id: &str,
+    path: &str,
+    interrupt: &Interrupt,
+) -> Result<(), Failure> {
+    if c.archive && !nix::unistd::geteuid().is_root() {
+        let text = "--archive: only root can give files other owners, and make devices";
+        return Err(Failure::new(USAGE, text));
+    }
+    let policy =
+        CopyPolicy { archive: c.archive, max_bytes: c.max_size, max_entries: c.max_entries };
+    let copied = with_guest(common, id, |g| {
+        let path = in_root(&g.root(), path)?;
+        Ok(copy_out(g, &path, Path::new(&c.target), &policy, &interrupt.stop)?)
+    })?;
+    if let Some((file, name, n)) = copied.lost {
+        let file = file.display();
+        print::message(format!(
+            "warning: {n} extended attributes are not kept by the target's file system, the first \
+             {name} of {file}"
+        ));
+    }
+    Ok(())
 }
 
 /// A path of the workload's root, as the guest's own root names it.

@@ -3,10 +3,10 @@
 use serde_json::json;
 
 use super::args::{Common, Doctor};
-use super::output::{table, PREFLIGHT};
+use super::output::PREFLIGHT;
 use super::progress::Progress;
 use super::session::Session;
-use super::{served, Outcome};
+use super::{print, served, Outcome};
 use crate::doctor::{look, Finding, State};
 use crate::vm::birth::Birth;
 
@@ -21,13 +21,13 @@ pub fn doctor(common: &Common, d: &Doctor) -> Outcome {
     session.release();
     let missing = findings.iter().any(|f| f.state == State::Missing);
     match d.json.json {
-        true => println!("{}", json!({"good": !missing, "findings": findings})),
-        false => print(&findings),
+        true => print::json(&json!({"good": !missing, "findings": findings}))?,
+        false => show(&findings)?,
     }
     Ok(if missing { PREFLIGHT } else { 0 })
 }
 
-fn print(findings: &[Finding]) {
+fn show(findings: &[Finding]) -> print::Printed {
     let mut rows = vec![["", "STATE", "EVIDENCE"].map(str::to_string).to_vec()];
     for Finding { name, state, evidence, remedy } in findings {
         let line = |text: &str| text.replace('\n', " ");
@@ -36,5 +36,5 @@ fn print(findings: &[Finding]) {
             rows.push(vec![String::new(), String::new(), format!("→ {}", line(remedy))]);
         }
     }
-    print!("{}", table(&rows));
+    print::table(&rows)
 }

@@ -6,7 +6,7 @@ use super::args::{Common, GuestBuild};
 use super::mkinitrd::find_agent;
 use super::output::{Failure, FAILED, PREFLIGHT};
 use super::progress::Progress;
-use super::{optional_config, Outcome};
+use super::{optional_config, print, Outcome};
 use crate::initrd::installed::{self, Kernel, INITRAMFS, KERNEL};
 
 /// Makes the guest, and tells what the configuration has to say for it.
@@ -36,26 +36,27 @@ pub fn build(common: &Common, g: &GuestBuild) -> Outcome {
             "kernel": image, "initrd": initramfs, "from": kernel.image,
             "bytes": packed.size, "modules": packed.modules, "applets": packed.applets,
         });
-        println!("{json}");
+        print::json(&json)?;
         return Ok(0);
     }
-    println!(
+    print::line(format!(
         "{}: kernel {}, initramfs of {:.1} MiB with {} modules and {} commands",
         g.output.display(),
         kernel.image.display(),
         packed.size as f64 / 1_048_576.0,
         packed.modules.len(),
         packed.applets
-    );
+    ))?;
     let used = optional_config(common)
         .ok()
         .flatten()
         .is_some_and(|c| c.kernel() == image && c.initrd() == initramfs);
     if used {
-        println!("a server that runs already takes it up with `systemctl reload vmcache`");
+        print::line("a server that runs already takes it up with `systemctl reload vmcache`")?;
     } else {
-        println!("for it, the configuration's [hypervisor.qemu] has to say");
-        println!("kernel = {:?}\ninitrd = {:?}", image.display(), initramfs.display());
+        print::line("for it, the configuration's [hypervisor.qemu] has to say")?;
+        print::line(format!("kernel = {:?}", image.display()))?;
+        print::line(format!("initrd = {:?}", initramfs.display()))?;
     }
     Ok(0)
 }

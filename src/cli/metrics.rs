@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::escape;
 use crate::trusted_path::Destination;
 
 /// All families: name, kind, meaning. What is counted counts from the server's start.
@@ -178,7 +179,8 @@ impl Text {
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        let escaped = |v: &str| v.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        // Harmless first: what that adds is then escaped as the format wants it.
+        let escaped = |v: &str| escape::line(v).replace('\\', "\\\\").replace('"', "\\\"");
         let labels: Vec<_> =
             labels.iter().map(|(k, v)| format!("{k}=\"{}\"", escaped(v))).collect();
         let labels = match labels.is_empty() {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::args::{Contents, Mkinitrd};
 use super::output::{Failure, PREFLIGHT};
-use super::Outcome;
+use super::{print, Outcome};
 use crate::initrd::{pack, Recipe};
 
 /// Where a package puts the agent.
@@ -27,15 +27,15 @@ pub fn mkinitrd(m: &Mkinitrd) -> Outcome {
             "output": recipe.output, "bytes": packed.size, "modules": packed.modules,
             "applets": packed.applets,
         });
-        println!("{json}");
+        print::json(&json)?;
     } else {
-        println!(
+        print::line(format!(
             "{}: {:.1} MiB, {} kernel modules, {} commands",
             recipe.output.display(),
             packed.size as f64 / 1_048_576.0,
             packed.modules.len(),
             packed.applets
-        );
+        ))?;
     }
     Ok(0)
 }

@@ -11,12 +11,15 @@ mod claimed;
 mod config;
 mod copy;
 mod doctor;
+mod escape;
 mod generate;
 mod guest;
+mod interrupt;
 mod logging;
 mod metrics;
 mod mkinitrd;
 mod output;
+mod print;
 mod progress;
 mod proxy;
 mod run;
@@ -42,7 +45,16 @@ pub type Outcome = Result<u8, Failure>;
 /// Parses, dispatches, reports; the exit code.
 pub fn main() -> u8 {
     let args = proxy::as_clap_takes_them(std::env::args_os().collect());
-    let cli = <Cli as clap::Parser>::parse_from(args);
+    let cli = match <Cli as clap::Parser>::try_parse_from(args) {
+        Ok(cli) => cli,
+        // What it quotes may be another program's: names of files, for one.
+        Err(e) if e.use_stderr() => {
+            print::usage(e.render().to_string());
+            return output::USAGE;
+        }
+        // Help, which is ours.
+        Err(e) => e.exit(),
+    };
     let result = logging::start(&cli).and_then(|()| dispatch(cli));
     match result {
         Ok(code) => code,
@@ -120,7 +132,7 @@ fn serve(common: &Common) -> Outcome {
     let config = served(common)?;
     if config.pool == 0 {
         let place = config.place(options::FACTORY, "vm_cache_number");
-        println!("VMCache is off: vm_cache_number is 0 or not set ({place})");
+        print::line(format!("VMCache is off: vm_cache_number is 0 or not set ({place})"))?;
         // Switched off is no failure: whoever started it hears that it was ready to end.
         crate::notify::state("READY=1\nSTATUS=off: vm_cache_number is 0 or not set");
         return Ok(0);
@@ -178,7 +190,8 @@ fn endpoint(common: &Common) -> Result<PathBuf, Failure> {
             let file = locate(common.config.as_deref()).ok();
             let endpoint = file.and_then(|f| endpoint_alone(&f)).filter(|e| e.exists());
             let endpoint = endpoint.ok_or_else(|| broken.clone())?;
-            eprintln!("vmcache: warning: {broken}; asking the server that runs nevertheless");
+            let text = format!("warning: {broken}; asking the server that runs nevertheless");
+            print::message_in_lines(text);
             Ok(endpoint)
         }
     }
@@ -191,7 +204,7 @@ fn own_config(common: &Common) -> Result<Option<Config>, Failure> {
     let config = match found(common) {
         // Nobody has named it, and the server is named without it.
         Err(e) if e.untrusted() && !named && common.endpoint.is_some() => {
-            eprintln!("vmcache: warning: {}: it is not read", crate::report::chain(&e));
+            print::message(format!("warning: {}: it is not read", crate::report::chain(&e)));
             None
         }
         config => config?,

@@ -1,8 +1,9 @@
-//! Failures with their exit codes, tables, and text from guests.
+//! Failures with their exit codes, and tables.
 
 use std::error::Error;
 use std::fmt;
 
+use super::{escape, print};
 use crate::factory::grpccache;
 use crate::report::chain;
 use crate::vm::boot::BootError;
@@ -28,10 +29,14 @@ pub const NOT_EXECUTABLE: u8 = 126;
 pub const NOT_FOUND: u8 = 127;
 
 /// Why a command failed, and the exit code that says so.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Failure {
     code: u8,
     text: String,
+    /// Whether the text has lines of its own ([`print::message_in_lines`]).
+    lines: bool,
+    /// What to do, for a VM that is there still.
+    remedy: String,
 }
 
 impl fmt::Display for Failure {
@@ -43,12 +48,31 @@ impl fmt::Display for Failure {
 impl Failure {
     /// A failure with its exit code.
     pub fn new(code: u8, text: impl Into<String>) -> Failure {
-        Failure { code, text: text.into() }
+        Failure { code, text: text.into(), ..Failure::default() }
     }
 
     /// An error with its causes.
     pub fn of(code: u8, e: &dyn Error) -> Failure {
-        Failure { code, text: chain(e) }
+        Failure::new(code, chain(e))
+    }
+
+    /// The end of a command whose output nobody reads any more: nothing is said, and the
+    /// exit code is 0, as of others before a `head`.
+    pub fn quiet() -> Failure {
+        Failure::default()
+    }
+
+    /// Its text has lines of its own.
+    fn in_lines(self) -> Failure {
+        Failure { lines: true, ..self }
+    }
+
+    /// The VM that it is about ends now: nothing is to be done for it.
+    pub fn of_ended_vm(mut self) -> Failure {
+        if !self.remedy.is_empty() {
+            self.remedy = "it is ended".into();
+        }
+        self
     }
 
     /// With more to say.
@@ -60,7 +84,7 @@ impl Failure {
     /// For commands whose exit code is another program's: any failure of ours
     /// is 125, but what is said of that program itself.
     pub fn in_vmcache(mut self) -> Failure {
-        if ![USAGE, NOT_FOUND, NOT_EXECUTABLE].contains(&self.code) {
+        if ![0, USAGE, NOT_FOUND, NOT_EXECUTABLE].contains(&self.code) {
             self.code = IN_VMCACHE;
         }
         self
@@ -68,7 +92,12 @@ impl Failure {
 
     /// Prints it; its exit code.
     pub fn report(&self) -> u8 {
-        eprintln!("vmcache: {}", self.text);
+        match (self.text.is_empty(), self.remedy.as_str()) {
+            (true, _) => {}
+            (false, "") if self.lines => print::message_in_lines(&self.text),
+            (false, "") => print::message(&self.text),
+            (false, remedy) => print::message(format!("{}: {remedy}", self.text)),
+        }
         self.code
     }
 }
@@ -79,7 +108,7 @@ impl From<config::Error> for Failure {
             config::Error::File { .. } => PREFLIGHT,
             _ => USAGE,
         };
-        Failure::of(code, &e)
+        Failure::of(code, &e).in_lines()
     }
 }
 
@@ -99,7 +128,7 @@ impl From<factory::Error> for Failure {
         match e {
             factory::Error::Cache(e) => e.into(),
             factory::Error::Size { .. } => Failure::of(USAGE, &e),
-            other => Failure::of(FAILED, &other),
+            other => Failure::of(FAILED, &other).in_lines(),
         }
     }
 }
@@ -118,7 +147,7 @@ impl From<server::Error> for Failure {
             ) => USAGE,
             _ => FAILED,
         };
-        Failure::of(code, &e)
+        Failure::of(code, &e).in_lines()
     }
 }
 
@@ -129,19 +158,34 @@ impl From<workload::Error> for Failure {
             workload::Error::NotExecutable { .. } => NOT_EXECUTABLE,
             _ => FAILED,
         };
-        Failure::of(code, &e)
+        let remedy = e.lost_vm().map_or(String::new(), ends);
+        Failure { remedy, ..Failure::of(code, &e) }
     }
 }
 
 impl From<vm::Error> for Failure {
     fn from(e: vm::Error) -> Failure {
-        Failure::of(FAILED, &e)
+        let remedy = match &e {
+            vm::Error::Agent { id, source: agent::Error::Connect { source } }
+                if source.is_guests() =>
+            {
+                ends(id)
+            }
+            vm::Error::Agent { id, source: agent::Error::Call { .. } } => ends(id),
+            _ => String::new(),
+        };
+        Failure { remedy, ..Failure::of(FAILED, &e) }
     }
+}
+
+/// What to do about a VM that is of no use any more.
+fn ends(id: &str) -> String {
+    format!("`vmcache stop {id}` ends it")
 }
 
 impl From<BootError> for Failure {
     fn from(e: BootError) -> Failure {
-        Failure::of(FAILED, &e)
+        Failure::of(FAILED, &e).in_lines()
     }
 }
 
@@ -161,25 +205,22 @@ impl From<initrd::Error> for Failure {
     }
 }
 
-/// Rows in columns as wide as their widest cell.
+/// Rows in columns as wide as their widest cell, each cell harmless.
 pub fn table(rows: &[Vec<String>]) -> String {
+    let escaped = |row: &Vec<String>| row.iter().map(|cell| escape::line(cell)).collect();
+    let rows: Vec<Vec<String>> = rows.iter().map(escaped).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| {
         rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut out = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(&widths).map(|(cell, w)| format!("{cell:<w$}"));
         out.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         out.push('\n');
     }
     out
-}
-
-/// Text that came from a guest, without what could command a terminal.
-pub fn harmless(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '?' } else { c }).collect()
 }
 
 /// A time as people say it.
@@ -197,10 +238,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_align_and_terminals_are_safe() {
+    fn tables_align_and_their_cells_are_harmless() {
         let rows = vec![vec!["a".into(), "bb".into()], vec!["ccc".into(), "d".into()]];
         assert_eq!(table(&rows), "a    bb\nccc  d\n");
-        assert_eq!(harmless("ok\x1b[2J\n"), "ok?[2J\n");
+        let forged = vec![vec!["a\nb\x1b[2J".into(), "c".into()]];
+        assert_eq!(table(&forged), "a\\nb\\x1b[2J  c\n");
         assert_eq!(age(119), "119 s");
         assert_eq!(age(7200), "2 h");
     }

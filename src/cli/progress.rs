@@ -1,10 +1,11 @@
 //! A line that tells a person what is being waited for; silent in a pipe.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{bounded, RecvTimeoutError, Sender};
 
+use super::print;
 use crate::worker::Worker;
 
 /// Until something takes long.
@@ -30,12 +31,11 @@ impl Progress {
             let since = Instant::now();
             let mut wait = QUIET;
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(wait) {
-                eprint!("\r\x1b[K{what} … {:.0} s", since.elapsed().as_secs_f64());
-                let _ = io::stderr().flush();
+                print::progress(&format!("{what} … {:.0} s", since.elapsed().as_secs_f64()));
                 wait = STEP;
             }
             if wait == STEP {
-                eprint!("\r\x1b[K");
+                print::progress("");
             }
         });
         Progress { thread: thread.ok().map(|t| (stop, t)) }

@@ -12,12 +12,12 @@ use serde_json::json;
 
 use super::args::{Common, Exec, Get, Process, Run};
 use super::attach::Attachments;
-use super::claimed::find_vm;
+use super::claimed::{find_vm, reach};
 use super::output::{Failure, IN_VMCACHE, USAGE};
 use super::progress::Progress;
 use super::session::Session;
 use super::terminal::Terminal;
-use super::{connect, own_config, Outcome};
+use super::{connect, own_config, print, Outcome};
 use crate::config::options::QEMU;
 use crate::factory::grpccache::{Error, GrpcCache};
 use crate::factory::{direct, Factory, Obtained, Wanted};
@@ -49,10 +49,13 @@ pub fn get(common: &Common, g: &Get) -> Outcome {
         "agent_url": vm.agent_address().to_string(), "source": vm.source(),
         "cpus": vm.cpus(), "memory_mib": vm.memory_mib(), "fallback": fallback,
     });
-    let line = if g.json.json { shown.to_string() } else { vm.id().to_string() };
     // Before its id is out: whoever reads that may own it at once.
     session.release();
-    println!("{line}");
+    // Nobody knows of it when this fails: it ends then.
+    match g.json.json {
+        true => print::json(&shown)?,
+        false => print::line(vm.id())?,
+    }
     let id = vm.id().to_string();
     vm.let_go();
     if cold {
@@ -113,7 +116,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         }
     };
     if let Some(why) = guest.fallback() {
-        eprintln!("vmcache: warning: this VM was booted cold: the pool's differ ({why})");
+        print::message(format!("warning: this VM was booted cold: the pool's differ ({why})"));
     }
     attachments.attach(&mut guest, !r.keep)?;
     let timeout = r.process.timeout.map(Duration::from_secs);
@@ -133,7 +136,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
     // A command may take days, and needs no connection; its VM has to be there until the
     // server knows what it was told of it.
     let told = server.map(|server| Worker::spawn("vmc-told", move || drop(server)));
-    let ended = session.attach(&running, terminal, timeout)?;
+    let ended = session.attach(&running, terminal, timeout).map_err(Failure::of_ended_vm)?;
     if r.keep {
         session.release();
         if ended.known {
@@ -141,7 +144,7 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         }
         let id = guest.vm().id().to_string();
         let pools = !guest.vm().ledger().endpoint.is_empty();
-        eprintln!("{id}");
+        print::bare_message(&id);
         guest.keep().let_go();
         if pools {
             kept(&connect(common)?, &id)?;
@@ -209,15 +212,7 @@ pub fn exec(common: &Common, e: &Exec) -> Outcome {
     let terminal = e.process.tty.then(Terminal::open).transpose()?;
     let command = command(&e.process, terminal.as_ref())?;
     let session = Session::start()?;
-    let vm = find_vm(common, &e.id)?;
-    let agent = match vm.connect_agent() {
-        Ok(agent) => agent,
-        Err(error) => {
-            vm.let_go();
-            return Err(error.into());
-        }
-    };
-    let guest = Guest::new(vm, agent);
+    let guest = reach(find_vm(common, &e.id)?)?;
     let timeout = e.process.timeout.map(Duration::from_secs);
     let result = guest.exec(&command).map_err(Failure::from).and_then(|running| {
         let ended = session.attach(&running, terminal, timeout);

@@ -1,6 +1,5 @@
 //! `vmcache status`.
 
-use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use super::args::{Check, Common, Status};
 use super::metrics;
 use super::output::{age, table, Failure, FAILED};
 use super::progress::Progress;
-use super::{connect, Outcome};
+use super::{connect, escape, print, Outcome};
 use crate::factory::grpccache::{Error, GrpcCache};
 use crate::sys::process::{pidfd_kill, pidfd_open, pidfd_wait};
 
@@ -33,11 +32,14 @@ pub fn status(common: &Common, s: &Status) -> Outcome {
         return check(&server.fetch_details()?, what);
     }
     loop {
-        let text = look(&server, s.json.json)?;
-        if s.watch && std::io::stdout().is_terminal() {
-            print!("\x1b[H\x1b[2J");
+        let shown = look(&server, s.json.json)?;
+        if s.watch {
+            print::clear_screen()?;
         }
-        println!("{text}");
+        match &shown {
+            Shown::Json(details) => print::json(details)?,
+            Shown::Text(text) => print::block(text)?,
+        }
         if !s.watch {
             return Ok(0);
         }
@@ -56,7 +58,7 @@ fn openmetrics(common: &Common, s: &Status) -> Outcome {
             Err(_) => metrics::down(form),
         };
         match &s.output {
-            None => print!("{text}"),
+            None => print::block(text)?,
             Some(file) => metrics::write(file, &text)
                 .map_err(|e| Failure::new(FAILED, format!("write {}: {e}", file.display())))?,
         }
@@ -142,14 +144,20 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-fn look(server: &GrpcCache, json: bool) -> Result<String, Failure> {
+/// What a look is printed as.
+enum Shown {
+    Json(Value),
+    Text(String),
+}
+
+fn look(server: &GrpcCache, json: bool) -> Result<Shown, Failure> {
     let details = match server.fetch_details() {
         Ok(details) => details,
         // A stock Kata server: what its own Status tells.
         Err(Error::Unsupported { .. }) => plain(server)?,
         Err(e) => return Err(e.into()),
     };
-    Ok(if json { details.to_string() } else { render(&details) })
+    Ok(if json { Shown::Json(details) } else { Shown::Text(render(&details)) })
 }
 
 fn plain(server: &GrpcCache) -> Result<Value, Failure> {
@@ -170,7 +178,7 @@ fn plain(server: &GrpcCache) -> Result<Value, Failure> {
 fn render(v: &Value) -> String {
     let text = |v: &Value| match v {
         Value::Null => "-".to_string(),
-        Value::String(s) => s.clone(),
+        Value::String(s) => escape::line(s),
         other => other.to_string(),
     };
     let pool = &v["pool"];
@@ -192,7 +200,7 @@ fn render(v: &Value) -> String {
         out.push_str(&format!("       {n} of an older configuration, until they are replaced\n"));
     }
     if let Some(why) = pool["held"].as_str() {
-        out.push_str(&format!("       no VM is made: {why}\n"));
+        out.push_str(&format!("       no VM is made: {}\n", escape::line(why)));
     }
     if let Some(why) = v["isolation"]["why"].as_str().filter(|why| !why.is_empty()) {
         let word = text(&v["isolation"]["isolation"]);
@@ -204,10 +212,10 @@ fn render(v: &Value) -> String {
         out.push_str(&format!("since  {}\n", list.join(", ")));
     }
     for thread in v["stuck"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        out.push_str(&format!("stuck: {thread}\n"));
+        out.push_str(&format!("stuck: {}\n", escape::line(thread)));
     }
     if let Some(error) = v["last_error"].as_str() {
-        out.push_str(&format!("last error: {error}\n"));
+        out.push_str(&format!("last error: {}\n", escape::line(error)));
     }
     let heads = ["ID", "PID", "STATE", "SOURCE", "CPUS", "MIB", "AGE"];
     let mut rows = vec![heads.iter().map(|h| h.to_string()).collect::<Vec<_>>()];
@@ -222,5 +230,5 @@ fn render(v: &Value) -> String {
     if rows.len() > 1 {
         out.push_str(&table(&rows));
     }
-    out.trim_end().to_string()
+    format!("{}\n", out.trim_end())
 }

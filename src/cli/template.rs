@@ -12,7 +12,7 @@ use super::args::{Common, Template as Command};
 use super::output::{age, Failure, FAILED};
 use super::progress::Progress;
 use super::session::Session;
-use super::Outcome;
+use super::{print, Outcome};
 use crate::config::options::FACTORY;
 use crate::config::Config;
 use crate::factory::template::{Status, Template};
@@ -31,7 +31,7 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
             session.release();
             drop(progress);
             let status = look(&template)?;
-            show(&status, j.json, Some(made));
+            show(&status, j.json, Some(made))?;
             Ok(0)
         }
         Command::Place => {
@@ -45,15 +45,15 @@ pub fn template(common: &Common, command: &Command) -> Outcome {
         }
         Command::Status(j) => {
             let status = look(&template)?;
-            show(&status, j.json, None);
+            show(&status, j.json, None)?;
             Ok(u8::from(!status.fits))
         }
         Command::Destroy(j) => {
             let there = template.destroy().map_err(|e| Failure::of(FAILED, &e))?;
             match j.json {
-                true => println!("{}", json!({"destroyed": there})),
-                false if there => println!("the template is gone"),
-                false => println!("there was no template"),
+                true => print::json(&json!({"destroyed": there}))?,
+                false if there => print::line("the template is gone")?,
+                false => print::line("there was no template")?,
             }
             Ok(0)
         }
@@ -76,7 +76,7 @@ fn look(template: &Template) -> Result<Status, Failure> {
     template.status().map_err(|e| Failure::new(FAILED, format!("look at the template: {e}")))
 }
 
-fn show(s: &Status, json: bool, made: Option<bool>) {
+fn show(s: &Status, json: bool, made: Option<bool>) -> print::Printed {
     if json {
         let mut out = json!({"path": s.path, "exists": s.manifest.is_some(), "fits": s.fits});
         if let Some(m) = &s.manifest {
@@ -88,15 +88,13 @@ fn show(s: &Status, json: bool, made: Option<bool>) {
         if let Some(made) = made {
             out["made"] = made.into();
         }
-        println!("{out}");
-        return;
+        return print::json(&out);
     }
     let Some(m) = &s.manifest else {
-        println!("no template in {}", s.path.display());
-        return;
+        return print::line(format!("no template in {}", s.path.display()));
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    println!(
+    print::line(format!(
         "{}: {} MiB of memory, {} KiB of device state, QEMU {}, made {} ago{}",
         s.path.display(),
         m.memory_mib,
@@ -104,5 +102,5 @@ fn show(s: &Status, json: bool, made: Option<bool>) {
         m.qemu_version,
         age(now.saturating_sub(m.created)),
         if s.fits { "" } else { "; it does not fit the configuration and will be made anew" }
-    );
+    ))
 }

@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::after;
 
+use super::socket::connect;
+
 /// Longest answer, in bytes: `OK`, a number of 32 bits, the line's end.
 const MAX_ANSWER: usize = 32;
 /// Pause between tries to reach a guest that may be booting.
@@ -85,7 +87,7 @@ pub fn open(socket: &Path, port: u32, within: Duration) -> Result<UnixStream, Er
     let mut patience = TRY;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let stream = UnixStream::connect(socket)
+        let stream = connect(socket, left.max(RETRY))
             .map_err(|source| Error::Gone { socket: socket.to_path_buf(), source })?;
         let tried = shake_hands(stream, port, left.min(patience).max(RETRY));
         patience = patience.saturating_mul(2);

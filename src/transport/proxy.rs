@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{select, Receiver};
 
+use super::socket;
 use super::yamux::{Session, Stream};
 use crate::trusted_path::Destination;
 use crate::worker::{self, Worker};
@@ -39,6 +40,8 @@ use crate::worker::{self, Worker};
 const CHUNK: usize = 16 * 1024;
 /// Until another try, when a connection could not be had for want of something.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How long QEMU may take to accept this.
+const QEMU: Duration = Duration::from_secs(10);
 /// Longest line of the guest's console that is logged whole, in bytes.
 const MAX_LINE: u64 = 4096;
 
@@ -137,7 +140,8 @@ pub fn serve(options: &Options, stop: &Receiver<()>) -> Result<(), Error> {
 }
 
 fn connect(path: &Path) -> Result<UnixStream, Error> {
-    UnixStream::connect(path).map_err(|source| Error::Connect { path: path.to_path_buf(), source })
+    socket::connect(path, QEMU)
+        .map_err(|source| Error::Connect { path: path.to_path_buf(), source })
 }
 
 /// Ends when a connection can not be had any more.

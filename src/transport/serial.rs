@@ -13,7 +13,6 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -21,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use nix::fcntl::{Flock, FlockArg, OFlag};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 
 use super::frame::{header, write_frame, Deframer, Kind, FILLER, HEADER, MAX_PAYLOAD};
+use super::socket::connect_now;
 use crate::hypervisor::qemu::argv::AGENT_PORTS;
 use crate::sys::process::random;
 use crate::worker::{self, Worker};
@@ -189,21 +188,6 @@ fn lock_port(dir: &Path, port: usize) -> Result<Option<Flock<File>>, Error> {
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, e)) => Err(Error::Open { path, source: e.into() }),
-    }
-}
-
-/// Connects without waiting; `None` when QEMU does not accept there now.
-fn connect_now(path: &Path) -> io::Result<Option<UnixStream>> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    match nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
-        Ok(()) => {
-            let stream = UnixStream::from(fd);
-            stream.set_nonblocking(false)?;
-            Ok(Some(stream))
-        }
-        Err(nix::errno::Errno::EAGAIN) => Ok(None),
-        Err(e) => Err(e.into()),
     }
 }
 

@@ -1,7 +1,11 @@
 //! Trees there and back, and streams that want out.
 
 use super::*;
-use std::os::unix::fs::symlink;
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+
+use tar::{EntryType, Header};
 
 struct Dir(PathBuf);
 
@@ -36,7 +40,7 @@ fn modes_links_and_attributes_survive() {
     fs::set_permissions(d.join("sub"), fs::Permissions::from_mode(0o555)).unwrap();
 
     let mut stream = Vec::new();
-    pack(d, Path::new(""), &mut stream).unwrap();
+    pack(d, Path::new(""), Sockets::Skip, &mut stream).unwrap();
     let root = nix::unistd::geteuid().is_root();
     unpack(&mut stream.as_slice(), &to.0, root).unwrap();
 
@@ -111,7 +115,80 @@ fn a_stream_that_breaks_off_is_an_error() {
     let from = Dir::new("half");
     fs::write(from.0.join("file"), vec![1; 10_000]).unwrap();
     let mut stream = Vec::new();
-    pack(&from.0, Path::new(""), &mut stream).unwrap();
+    pack(&from.0, Path::new(""), Sockets::Skip, &mut stream).unwrap();
     let to = Dir::new("half-to");
     assert!(unpack(&mut &stream[..3000], &to.0, false).is_err());
+}
+
+/// A tree whose names change while it is packed: see [`walk`] for what is swapped in; here
+/// are the files that are not as long as they say.
+#[test]
+fn files_that_change_are_told_by_name() {
+    let from = Dir::new("changing");
+    // Files of /proc have no size, and something in them.
+    let mut stream = Vec::new();
+    let packed =
+        pack(Path::new("/proc/self/status"), Path::new("s"), Sockets::Skip, &mut stream).unwrap();
+    assert_eq!(packed.grown.as_deref(), Some(Path::new("/proc/self/status")));
+    // One that is cut while it is read, by whoever takes its first bytes.
+    let path = from.0.join("short");
+    fs::write(&path, vec![1; 300_000]).unwrap();
+    struct Cutting<'a>(&'a Path, usize);
+    impl io::Write for Cutting<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.1 += bytes.len();
+            if self.1 > 10_000 {
+                fs::OpenOptions::new().write(true).open(self.0)?.set_len(20_000)?;
+            }
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let e = pack(&path, Path::new("short"), Sockets::Skip, &mut Cutting(&path, 0)).unwrap_err();
+    let e = e.to_string();
+    assert!(e.contains("short: it ended after 20000 of 300000 bytes"), "{e}");
+}
+
+#[test]
+fn sockets_are_left_out_or_refused_and_fifos_wait_for_nobody() {
+    let from = Dir::new("special");
+    let _socket = std::os::unix::net::UnixListener::bind(from.0.join("socket")).unwrap();
+    nix::unistd::mkfifo(&from.0.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut stream = Vec::new();
+    pack(&from.0, Path::new("t"), Sockets::Skip, &mut stream).unwrap();
+    let e = pack(&from.0, Path::new("t"), Sockets::Refuse, &mut io::sink()).unwrap_err();
+    assert!(e.to_string().contains("socket: it is a socket"), "{e}");
+    let to = Dir::new("special-to");
+    unpack(&mut stream.as_slice(), &to.0, false).unwrap();
+    assert!(to.0.join("t/fifo").exists() && !to.0.join("t/socket").exists());
+}
+
+/// Links with several names broke both ways: a tar's hard link to one is not everybody's.
+#[test]
+fn links_with_several_names_and_files_with_holes_survive() {
+    let (from, to) = (Dir::new("holes"), Dir::new("holes-to"));
+    symlink("nowhere", from.0.join("link")).unwrap();
+    fs::hard_link(from.0.join("link"), from.0.join("link-2")).unwrap();
+    let name = "n".repeat(120);
+    let file = fs::File::create(from.0.join(&name)).unwrap();
+    for at in 0..9u64 {
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], at * 1_000_000).unwrap();
+    }
+    file.set_len(20 << 20).unwrap();
+    let mut stream = Vec::new();
+    pack(&from.0, Path::new("t"), Sockets::Skip, &mut stream).unwrap();
+    assert!(stream.len() < 1 << 20, "{} bytes", stream.len());
+    unpack(&mut stream.as_slice(), &to.0, false).unwrap();
+    let extracted = Dir::new("holes-out");
+    extract(&mut stream.as_slice(), &extracted.0, &Policy::of("t"), &Stop::default()).unwrap();
+    let before = fs::read(from.0.join(&name)).unwrap();
+    for dir in [&to.0, &extracted.0] {
+        let came = fs::read(dir.join("t").join(&name)).unwrap();
+        let differs = came.iter().zip(&before).position(|(a, b)| a != b);
+        assert_eq!((differs, came.len()), (None, before.len()), "{}", dir.display());
+        assert!(fs::metadata(dir.join("t").join(&name)).unwrap().blocks() < 2048);
+        assert_eq!(fs::read_link(dir.join("t/link-2")).unwrap(), Path::new("nowhere"));
+    }
 }

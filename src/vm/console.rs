@@ -7,10 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::dir::VmDir;
+use crate::transport::socket::connect;
 use crate::worker::Worker;
 
 /// Bytes of the guest's console that an error carries, the last ones.
 const KEPT_CONSOLE: usize = 2048;
+
+/// How long a QEMU that has just been started may take to accept a client there.
+const LISTENS: Duration = Duration::from_secs(5);
 
 /// Keeps the end of what a guest writes to its console while it boots.
 pub struct Console {
@@ -22,7 +26,7 @@ pub struct Console {
 impl Console {
     /// `None` when it can not be had: a boot does not fail for that.
     pub fn open(dir: &VmDir) -> Option<Console> {
-        let stream = UnixStream::connect(dir.console()).ok()?;
+        let stream = connect(&dir.console(), LISTENS).ok()?;
         let mut from = stream.try_clone().ok()?;
         let tail = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&tail);

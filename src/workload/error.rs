@@ -4,6 +4,7 @@ use std::error;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::agent;
 use crate::tree;
@@ -29,6 +30,14 @@ pub enum Error {
     Copy { text: String },
     /// The guest's agent runs nothing in its own root.
     NeedsRoot,
+    /// The guest answers nothing any more.
+    Silent { vm: String, after: Duration },
+    /// QEMU has stopped the VM, which does not go on by itself; QEMU's word for it.
+    Stopped { vm: String, status: String },
+    /// The guest's side of a copy does nothing any more, though its agent answers.
+    Stalled { vm: String, after: Duration },
+    /// Somebody asked for a copy's end.
+    Interrupted,
     /// The guest could not be had to write out its disks before the VM's end.
     Unwritten { text: String },
 }
@@ -47,6 +56,18 @@ impl fmt::Display for Error {
                 "the guest's agent is not vmcache's own, and runs commands only in a root that is \
                  brought along: use --rootfs DIR",
             ),
+            Error::Silent { vm, after } => {
+                write!(f, "the guest of VM {vm} has not answered for {} s", after.as_secs())
+            }
+            Error::Stopped { vm, status } => {
+                write!(f, "VM {vm} does not run any more: QEMU has stopped it ({status})")
+            }
+            Error::Stalled { vm, after } => write!(
+                f,
+                "the guest of VM {vm} answers, but its side of the copy has done nothing for {} s",
+                after.as_secs()
+            ),
+            Error::Interrupted => f.write_str("interrupted"),
             Error::Unwritten { text } => {
                 write!(f, "its disks may lack what the guest wrote last: {text}")
             }
@@ -61,6 +82,18 @@ impl error::Error for Error {
             Error::Tree(e) => Some(e),
             Error::Attach(e) => e.source(),
             Error::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+impl Error {
+    /// The VM that is of no use any more, as far as this can be told from here.
+    pub fn lost_vm(&self) -> Option<&str> {
+        match self {
+            Error::Silent { vm, .. } | Error::Stopped { vm, .. } | Error::Stalled { vm, .. } => {
+                Some(vm)
+            }
             _ => None,
         }
     }

@@ -12,6 +12,7 @@ mod error;
 mod files;
 pub mod rehearsal;
 mod running;
+mod silence;
 mod stock;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,10 +25,12 @@ pub use attached::Place;
 pub use command::Command;
 use error::start_error;
 pub use error::Error;
-pub use files::{copy_in, copy_out, send_root};
+pub use files::{copy_in, copy_out, send_root, CopyPolicy};
 pub use running::{Running, StreamReader, StreamWriter};
+pub use silence::{run_state, RunState};
 
 use attached::Attached;
+use silence::Watched;
 
 use crate::agent::{self, Agent, Kind, ListFormat, ProcessId};
 use crate::proto::agent::{
@@ -43,6 +46,9 @@ pub const GUEST_ROOT: &str = "/run/vmcache/rootfs";
 const OWN_ROOT: &str = "/";
 /// How long a guest may take to write out its disks, unless there is a hurry.
 pub const WRITING_OUT: Duration = Duration::from_secs(120);
+/// How long a container whose command has ended may take to go.
+const REMOVAL: Duration = Duration::from_secs(10);
+
 /// What later commands need to know of the VM's workload.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Note {
@@ -74,6 +80,7 @@ fn note(vm: &Vm) -> Option<Note> {
 pub struct Guest {
     vm: Vm,
     agent: Arc<dyn Agent>,
+    watched: Arc<Watched>,
     fallback: Option<String>,
     attached: Attached,
     sandbox: AtomicBool,
@@ -82,9 +89,11 @@ pub struct Guest {
 impl Guest {
     /// A VM whose agent is connected.
     pub fn new(vm: Vm, agent: Box<dyn Agent>) -> Guest {
+        let agent: Arc<dyn Agent> = Arc::from(agent);
         Guest {
+            watched: Watched::new(&vm, Arc::clone(&agent)),
             vm,
-            agent: Arc::from(agent),
+            agent,
             fallback: None,
             attached: Attached::default(),
             sandbox: AtomicBool::new(false),
@@ -215,7 +224,7 @@ impl Guest {
         self.agent.create_container(request).map_err(start_error)?;
         self.agent.start_container(container).map_err(Error::Agent)?;
         let id = ProcessId { container: container.clone(), exec: String::new() };
-        Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal()))
+        Ok(Running::new(Arc::clone(&self.watched), id, command.is_terminal()))
     }
 
     /// Runs a further command: in the VM's running container, or, when there
@@ -238,7 +247,7 @@ impl Guest {
             stock::adapt_process(&mut process)?;
         }
         match self.agent.exec(&id, process) {
-            Ok(()) => Ok(Running::new(Arc::clone(&self.agent), id, command.is_terminal())),
+            Ok(()) => Ok(Running::new(Arc::clone(&self.watched), id, command.is_terminal())),
             // Its command has ended, or it is gone: the root is still there.
             Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
                 self.launch(command, &anew, Vec::new())
@@ -295,7 +304,7 @@ impl Guest {
     /// # Errors
     /// The agent's.
     pub fn remove(&self, container: &str) -> Result<(), Error> {
-        self.agent.stop_container(container, Duration::from_secs(10)).map_err(Error::Agent)
+        self.watched.call(|agent| agent.stop_container(container, REMOVAL))
     }
 
     /// Removes the workload's container, if it may go before the VM does: not

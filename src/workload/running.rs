@@ -1,10 +1,15 @@
 //! A process that runs in a guest: its streams and its end.
+//!
+//! Invariant: what waits for the guest without an end is watched ([`Watched`]), and ends
+//! when that gives the guest up.
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::silence::Watched;
 use super::Error;
-use crate::agent::{self, Agent, ProcessId, Stream};
+use crate::agent::{self, ProcessId, Stream};
 
 /// Bytes of one read or write: large enough to make calls rare, small enough
 /// that four connections' worth fit the guest.
@@ -14,14 +19,26 @@ pub const CHUNK: usize = 256 * 1024;
 /// used from different threads.
 #[derive(Clone)]
 pub struct Running {
-    agent: Arc<dyn Agent>,
+    agent: Arc<Watched>,
     id: ProcessId,
     terminal: bool,
+    limit: Option<Duration>,
 }
 
 impl Running {
-    pub(super) fn new(agent: Arc<dyn Agent>, id: ProcessId, terminal: bool) -> Running {
-        Running { agent, id, terminal }
+    pub(super) fn new(agent: Arc<Watched>, id: ProcessId, terminal: bool) -> Running {
+        Running { agent, id, terminal, limit: None }
+    }
+
+    /// The same, for a process that never does nothing for so long: one read or write of
+    /// its streams may take no longer.
+    pub(super) fn limited(self, limit: Duration) -> Running {
+        Running { limit: Some(limit), ..self }
+    }
+
+    /// Why its guest was given up, if it was.
+    pub(super) fn given_up(&self) -> Option<Error> {
+        self.agent.given_up()
     }
 
     /// Its container and process id.
@@ -31,7 +48,7 @@ impl Running {
 
     /// Its standard input; closed when the writer is dropped.
     pub fn stdin(&self) -> StreamWriter {
-        StreamWriter { agent: Arc::clone(&self.agent), id: self.id.clone() }
+        StreamWriter { agent: Arc::clone(&self.agent), id: self.id.clone(), limit: self.limit }
     }
 
     /// Its standard output.
@@ -46,16 +63,26 @@ impl Running {
 
     fn reader(&self, stream: Stream) -> StreamReader {
         let ended = self.terminal && stream == Stream::Err;
-        let rest = Vec::new();
-        StreamReader { agent: Arc::clone(&self.agent), id: self.id.clone(), stream, rest, ended }
+        let (agent, id, limit) = (Arc::clone(&self.agent), self.id.clone(), self.limit);
+        // A process that works need not complain.
+        let limit = limit.filter(|_| stream == Stream::Out);
+        StreamReader { agent, id, stream, rest: (Vec::new(), 0), ended, limit }
     }
 
     /// Waits for its end: its exit code, 128 + n when signal n ended it.
     ///
     /// # Errors
-    /// When the agent can not be reached any more.
+    /// When the agent cannot be reached any more, or does not answer.
     pub fn wait(&self) -> Result<i32, Error> {
-        self.agent.wait_process(&self.id, None).map_err(Error::Agent)
+        self.agent.wait(None, |agent| agent.wait_process(&self.id, None))
+    }
+
+    /// The same, for at most so long.
+    ///
+    /// # Errors
+    /// As [`Running::wait`], and when it has not ended.
+    pub(super) fn wait_within(&self, within: Duration) -> Result<i32, Error> {
+        self.agent.call(|agent| agent.wait_process(&self.id, Some(within)))
     }
 
     /// Sends it a signal, by number.
@@ -64,7 +91,7 @@ impl Running {
     /// When it has ended, or the agent can not be reached.
     pub fn signal(&self, number: i32) -> Result<(), Error> {
         let number = u32::try_from(number).unwrap_or(0);
-        self.agent.signal_process(&self.id, number).map_err(Error::Agent)
+        self.agent.call(|agent| agent.signal_process(&self.id, number))
     }
 
     /// Sets the size of its terminal, rows and columns.
@@ -72,14 +99,14 @@ impl Running {
     /// # Errors
     /// When it has none, or the agent can not be reached.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<(), Error> {
-        self.agent.winsize_process(&self.id, rows.into(), columns.into()).map_err(Error::Agent)
+        self.agent.call(|agent| agent.winsize_process(&self.id, rows.into(), columns.into()))
     }
 }
 
-fn as_io(e: agent::Error) -> io::Error {
+fn as_io(e: Error) -> io::Error {
     let kind = match &e {
         // The process has ended or closed its standard input.
-        agent::Error::Refused { .. } => io::ErrorKind::BrokenPipe,
+        Error::Agent(agent::Error::Refused { .. }) => io::ErrorKind::BrokenPipe,
         _ => io::ErrorKind::ConnectionAborted,
     };
     io::Error::new(kind, e)
@@ -87,8 +114,9 @@ fn as_io(e: agent::Error) -> io::Error {
 
 /// The writing end of a process's standard input.
 pub struct StreamWriter {
-    agent: Arc<dyn Agent>,
+    agent: Arc<Watched>,
     id: ProcessId,
+    limit: Option<Duration>,
 }
 
 impl Write for StreamWriter {
@@ -97,7 +125,11 @@ impl Write for StreamWriter {
             return Ok(0);
         }
         let piece = &bytes[..bytes.len().min(CHUNK)];
-        let taken = self.agent.write_process_stdin(&self.id, piece.to_vec()).map_err(as_io)?;
+        let data = piece.to_vec();
+        let taken = self
+            .agent
+            .wait(self.limit, |agent| agent.write_process_stdin(&self.id, data))
+            .map_err(as_io)?;
         Ok((taken as usize).min(piece.len()))
     }
 
@@ -109,32 +141,45 @@ impl Write for StreamWriter {
 impl Drop for StreamWriter {
     fn drop(&mut self) {
         // It may have ended, and then there is nothing to close.
-        let _ = self.agent.close_process_stdin(&self.id);
+        let _ = self.agent.call(|agent| agent.close_process_stdin(&self.id));
     }
 }
 
 /// The reading end of a process's standard output or error.
 pub struct StreamReader {
-    agent: Arc<dyn Agent>,
+    agent: Arc<Watched>,
     id: ProcessId,
     stream: Stream,
-    rest: Vec<u8>,
+    /// What came and was not read, from its second field on: a tar's reader takes a chunk
+    /// in pieces of 512 bytes.
+    rest: (Vec<u8>, usize),
     ended: bool,
+    limit: Option<Duration>,
 }
 
 impl StreamReader {
     /// The next bytes as they come, empty at the end.
     ///
     /// # Errors
-    /// When the agent can not be reached any more.
+    /// When the agent cannot be reached any more, or does not answer, or answers with more
+    /// than it was asked for.
     pub fn next_chunk(&mut self) -> io::Result<Vec<u8>> {
-        if !self.rest.is_empty() {
-            return Ok(std::mem::take(&mut self.rest));
+        let (mut rest, at) = std::mem::take(&mut self.rest);
+        if at < rest.len() {
+            rest.drain(..at);
+            return Ok(rest);
         }
         if self.ended {
             return Ok(Vec::new());
         }
-        let bytes = self.agent.read_stream(&self.id, self.stream, CHUNK as u32).map_err(as_io)?;
+        let bytes = self
+            .agent
+            .wait(self.limit, |agent| agent.read_stream(&self.id, self.stream, CHUNK as u32))
+            .map_err(as_io)?;
+        if bytes.len() > CHUNK {
+            let text = format!("{} bytes where at most {CHUNK} were asked for", bytes.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
         self.ended = bytes.is_empty();
         Ok(bytes)
     }
@@ -142,10 +187,13 @@ impl StreamReader {
 
 impl Read for StreamReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut bytes = self.next_chunk()?;
-        let n = bytes.len().min(buffer.len());
-        buffer[..n].copy_from_slice(&bytes[..n]);
-        self.rest = bytes.split_off(n);
+        if self.rest.1 >= self.rest.0.len() {
+            self.rest = (self.next_chunk()?, 0);
+        }
+        let (bytes, at) = &mut self.rest;
+        let n = buffer.len().min(bytes.len() - *at);
+        buffer[..n].copy_from_slice(&bytes[*at..*at + n]);
+        *at += n;
         Ok(n)
     }
 }

@@ -7,15 +7,18 @@
 //!
 //! Does not: bring devices, sockets and hard links of a root file system along.
 
-use std::fs;
+use std::ffi::OsStr;
 use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use nix::sys::stat::SFlag;
 
 use super::{Error, Guest};
 use crate::proto::agent::CopyFileRequest;
 use crate::proto::oci::{LinuxCapabilities, LinuxResources, Process, Spec, User};
+use crate::tree::{self, walk, MAX_DEPTH};
 
 /// Where a root file system from the host is in the guest.
 pub const ROOT: &str = "/run/kata-containers/main/rootfs";
@@ -71,68 +74,86 @@ pub fn send_root(guest: &Guest, source: &Path) -> Result<(), Error> {
         return Err(Error::Copy { text: text.into() });
     }
     guest.start_sandbox()?;
-    send_directory(guest, source, Path::new(ROOT))
+    let failed = |source_error| failed(source, source_error);
+    let dir = walk::open_named(source).map_err(failed)?;
+    send_directory(guest, dir.as_fd(), source, Path::new(ROOT), 0)
 }
 
-fn send_directory(guest: &Guest, source: &Path, target: &Path) -> Result<(), Error> {
-    let failed =
-        |source_error| Error::Io { during: "read", path: source.into(), source: source_error };
-    let mut entries: Vec<PathBuf> = fs::read_dir(source)
-        .map_err(failed)?
-        .map(|e| e.map(|e| e.path()))
-        .collect::<Result<_, _>>()
-        .map_err(failed)?;
-    entries.sort();
-    for path in entries {
-        let Some(name) = path.file_name() else { continue };
-        send(guest, &path, &target.join(name))?;
+fn failed(path: &Path, source: std::io::Error) -> Error {
+    Error::Io { during: "read", path: path.into(), source }
+}
+
+/// Sends what is in an open directory; `source` is its name for messages.
+fn send_directory(
+    guest: &Guest,
+    dir: BorrowedFd<'_>,
+    source: &Path,
+    target: &Path,
+    depth: usize,
+) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(Error::Tree(tree::Error::Deep { path: source.into() }));
+    }
+    for name in walk::names(dir).map_err(|e| failed(source, e))? {
+        send(guest, (dir, &name), &source.join(&name), &target.join(&name), depth)?;
     }
     Ok(())
 }
 
-fn send(guest: &Guest, path: &Path, target: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Io { during: "read", path: path.to_path_buf(), source };
-    let meta = fs::symlink_metadata(path).map_err(failed)?;
+/// Sends one name of an open directory.
+fn send(
+    guest: &Guest,
+    (dir, name): (BorrowedFd<'_>, &OsStr),
+    path: &Path,
+    target: &Path,
+    depth: usize,
+) -> Result<(), Error> {
+    let failed = |source| failed(path, source);
+    let seen = walk::look(dir, name).map_err(failed)?;
     let request = CopyFileRequest {
         path: target.to_string_lossy().into_owned(),
-        file_mode: meta.mode(),
+        file_mode: seen.st_mode,
         dir_mode: 0o755,
-        uid: meta.uid() as i32,
-        gid: meta.gid() as i32,
+        uid: seen.st_uid as i32,
+        gid: seen.st_gid as i32,
         ..CopyFileRequest::default()
     };
     let copy = |r: CopyFileRequest| guest.agent().copy_file(r).map_err(Error::Agent);
-    let kind = meta.file_type();
-    if kind.is_dir() {
-        // Agents of 1.x make directories with the files in them, and take no others.
-        if guest.agent().kind() == crate::agent::Kind::Kata {
-            copy(request)?;
+    match walk::kind(&seen) {
+        SFlag::S_IFDIR => {
+            let opened = walk::open_directory(dir, name, &seen).map_err(failed)?;
+            // Agents of 1.x make directories with the files in them, and take no others.
+            if guest.agent().kind() == crate::agent::Kind::Kata {
+                copy(request)?;
+            }
+            send_directory(guest, opened.as_fd(), path, target, depth + 1)
         }
-        return send_directory(guest, path, target);
-    }
-    if kind.is_symlink() {
-        let data = fs::read_link(path).map_err(failed)?.as_os_str().as_bytes().to_vec();
-        return copy(CopyFileRequest { file_size: data.len() as i64, data, ..request });
-    }
-    if !kind.is_file() {
-        return Ok(());
-    }
-    let mut file = fs::File::open(path).map_err(failed)?;
-    let mut offset = 0;
-    loop {
-        let mut data = Vec::new();
-        (&mut file).take(PIECE.min(meta.len() - offset)).read_to_end(&mut data).map_err(failed)?;
-        let n = data.len() as u64;
-        if n == 0 && offset < meta.len() {
-            let text = format!("{} became shorter while it was copied", path.display());
-            return Err(Error::Copy { text });
+        SFlag::S_IFLNK => {
+            let data = walk::read_link(dir, name).map_err(failed)?.as_bytes().to_vec();
+            copy(CopyFileRequest { file_size: data.len() as i64, data, ..request })
         }
-        let (file_size, at) = (meta.len() as i64, offset as i64);
-        copy(CopyFileRequest { file_size, offset: at, data, ..request.clone() })?;
-        offset += n;
-        if offset >= meta.len() {
-            return Ok(());
+        SFlag::S_IFREG => {
+            let (mut file, stat) = walk::open_file(dir, name, &seen).map_err(failed)?;
+            let size = u64::try_from(stat.st_size).unwrap_or(0);
+            let mut offset = 0;
+            loop {
+                let mut data = Vec::new();
+                let piece = PIECE.min(size - offset);
+                (&mut file).take(piece).read_to_end(&mut data).map_err(failed)?;
+                let n = data.len() as u64;
+                if n == 0 && offset < size {
+                    let path = path.to_path_buf();
+                    return Err(Error::Tree(tree::Error::Shrunk { path, size, read: offset }));
+                }
+                let (file_size, at) = (size as i64, offset as i64);
+                copy(CopyFileRequest { file_size, offset: at, data, ..request.clone() })?;
+                offset += n;
+                if offset >= size {
+                    return Ok(());
+                }
+            }
         }
+        _ => Ok(()),
     }
 }
 

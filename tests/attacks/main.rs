@@ -12,12 +12,14 @@
 //!
 //! The fixture of servers is the integration tests'.
 
-#![allow(clippy::disallowed_methods)] // Tests start processes and threads.
+// Tests start processes and threads, and print what they find.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros)]
 
 #[path = "../integration/daemon.rs"]
 #[allow(dead_code)]
 mod daemon;
 
 mod claimer;
+mod guest;
 mod paths;
 mod qemu;

@@ -6,7 +6,8 @@
 //! `tests/run` runs a small number of each. By hand: `tests/chaos/run` for as many as
 //! the README's table says, `VMCACHE_CHAOS=N` for N hundredths of that.
 
-#![allow(clippy::disallowed_methods)] // Tests start processes and threads.
+// Tests start processes and threads, and print what they find.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros)]
 
 mod count;
 #[path = "../integration/daemon.rs"]

@@ -38,7 +38,8 @@
 //! without that they fail when `VMCACHE_REQUIRE_QEMU` is set, and say loudly
 //! that they were skipped when it is not.
 
-#![allow(clippy::disallowed_methods)] // Tests start processes and threads.
+// Tests start processes and threads, and print what they find.
+#![allow(clippy::disallowed_methods, clippy::disallowed_macros)]
 
 mod attach;
 mod claimed;

@@ -56,6 +56,12 @@ impl Agent for Hyperstart {
         self.slot.take();
     }
 
+    fn hang_up(&self) {
+        if let Some(link) = self.slot.take() {
+            link.hang_up("the connection was given up");
+        }
+    }
+
     fn check(&self, within: Duration) -> Outcome<()> {
         let link = self.slot.get(|| self.open(within, false))?;
         link.call(Code::Ping, &[], within).map(|_| ()).map_err(|e| failed("Check", e))

@@ -330,6 +330,15 @@ impl Session {
         self.shared.broke(why);
     }
 
+    /// The same, and nothing more is waited for: what the guest wrote and was not read is
+    /// lost.
+    pub fn hang_up(&self, why: &str) {
+        self.shared.change(|s| {
+            s.broken.get_or_insert(why.to_string());
+            s.stream_ended.get_or_insert(why.to_string());
+        });
+    }
+
     /// Forgets a process that was not started, or whose end has been told.
     pub fn forget(&self, key: &Key) {
         self.shared.change(|s| {

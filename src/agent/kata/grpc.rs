@@ -171,6 +171,13 @@ impl Agent for Kata1Agent {
         self.slot.take();
     }
 
+    fn hang_up(&self) {
+        // Calls that wait hold the connection, too: dropping it here does not end it.
+        if let Some(link) = self.slot.take() {
+            link.hang_up();
+        }
+    }
+
     fn check(&self, time: Duration) -> Outcome<()> {
         self.health(time)
     }

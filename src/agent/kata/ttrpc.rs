@@ -194,6 +194,13 @@ impl Agent for KataAgent {
         }
     }
 
+    fn hang_up(&self) {
+        // Calls that wait hold the connection, too: dropping it here does not end it.
+        if let Some(link) = self.slot.take() {
+            let _ = link.stream.shutdown(Shutdown::Both);
+        }
+    }
+
     fn check(&self, within: Duration) -> Outcome<()> {
         let answer: HealthCheckResponse = self
             .link()?
@@ -395,3 +402,6 @@ impl Agent for KataAgent {
         answer.map(|a| a.Routes).map_err(|e| failed("UpdateRoutes", e))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,8 @@ use serde_json::{json, Value};
 
 use super::{claims, wait_full, Measured};
 use crate::cli::args::Bench;
-use crate::cli::output::{table, Failure, FAILED, USAGE};
+use crate::cli::output::{Failure, FAILED, USAGE};
+use crate::cli::print;
 use crate::cli::progress::Progress;
 use crate::config::{MAX_POOL, QEMU_MIB};
 use crate::factory::grpccache::GrpcCache;
@@ -143,14 +144,14 @@ fn report(b: &Bench, basis: &Basis) -> Result<u8, Failure> {
             "parallel": basis.parallel, "most_per_second": most, "may_wait": MAY_WAIT,
             "vm_cache_number": advice, "pools": pools,
         });
-        println!("{out}");
+        print::json(&out)?;
         return Ok(u8::from(advice.is_none()));
     }
-    println!(
+    print::line(format!(
         "refill  {refill:.2} s a VM (mean of {}), {} at a time: {most:.2} VMs a second at most",
         basis.measured, basis.parallel
-    );
-    println!("claims  {:.3} a second\n", basis.rate);
+    ))?;
+    print::block(format!("claims  {:.3} a second\n\n", basis.rate))?;
     let Some(advice) = advice else {
         let text = "no pool is large enough: claims come faster than VMs are made; make clones \
                     (enable_template), raise boot_parallel where processors are idle, or spread \
@@ -166,11 +167,11 @@ fn report(b: &Bench, basis: &Basis) -> Result<u8, Failure> {
             format!("{} MiB", basis.memory * n as u64),
         ]);
     }
-    print!("{}", table(&rows));
-    println!(
-        "\nvm_cache_number = {advice}: no more than {:.0} of 100 claims wait for a VM",
-        100.0 * MAY_WAIT
-    );
+    print::table(&rows)?;
+    let share = 100.0 * MAY_WAIT;
+    print::block(format!(
+        "\nvm_cache_number = {advice}: no more than {share:.0} of 100 claims wait for a VM\n"
+    ))?;
     Ok(0)
 }
 

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::args::{Bench, Common};
-use super::output::{table, Failure, FAILED, NO_VM};
+use super::output::{Failure, FAILED, NO_VM};
 use super::progress::Progress;
-use super::{connect, endpoint, optional_config, Outcome};
+use super::{connect, endpoint, optional_config, print, Outcome};
 use crate::config::Config;
 use crate::factory::grpccache::GrpcCache;
 use crate::factory::{direct, BaseFactory, Wanted};
@@ -76,7 +76,7 @@ pub fn bench(common: &Common, b: &Bench) -> Outcome {
         let _progress = Progress::start("measuring cold runs");
         cold(&config, b.cold, &mut m)?;
     }
-    report(b, &m);
+    report(b, &m)?;
     Ok(0)
 }
 
@@ -202,7 +202,7 @@ fn burst(
     Ok(())
 }
 
-fn report(b: &Bench, m: &Measured) {
+fn report(b: &Bench, m: &Measured) -> print::Printed {
     let ratio = |a: &Samples, b: &Samples| match (a.quantile(0.5), b.quantile(0.5)) {
         (Some(a), Some(b)) if !b.is_zero() => Some(a.as_secs_f64() / b.as_secs_f64()),
         _ => None,
@@ -222,19 +222,18 @@ fn report(b: &Bench, m: &Measured) {
         for (name, samples) in all {
             out[name] = samples.json();
         }
-        println!("{out}");
-        return;
+        return print::json(&out);
     }
     let heads = ["", "n", "p50", "p90", "p99", "max"];
     let mut rows = vec![heads.iter().map(|h| h.to_string()).collect::<Vec<_>>()];
     rows.extend(all.iter().filter(|(_, s)| s.len() > 0).map(|(name, s)| s.row(name)));
-    print!("{}", table(&rows));
-    println!();
-    bound("S1", "p50 of GetBaseVM / p50 of Config", s1, 1.3);
-    bound("S2", "p50 of run on a ready VM / p50 of run --cold", s2, 0.1);
+    print::table(&rows)?;
+    print::line("")?;
+    bound("S1", "p50 of GetBaseVM / p50 of Config", s1, 1.3)?;
+    bound("S2", "p50 of run on a ready VM / p50 of run --cold", s2, 0.1)?;
     if let Some(idle) = &m.idle {
-        print!("{}", idle::render(idle));
+        print::block(idle::render(idle))?;
     }
-    println!("\nGetBaseVM, VM ready:\n{}", m.claim.histogram());
-    println!("run, VM ready:\n{}", m.run.histogram());
+    print::block(format!("\nGetBaseVM, VM ready:\n{}\n", m.claim.histogram()))?;
+    print::block(format!("run, VM ready:\n{}\n", m.run.histogram()))
 }

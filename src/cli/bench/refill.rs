@@ -7,11 +7,12 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::{json, Value};
+use serde_json::json;
 
 use super::samples::{bound, show, Samples};
 use crate::cli::args::Bench;
-use crate::cli::output::{table, Failure, FAILED};
+use crate::cli::output::{Failure, FAILED};
+use crate::cli::print;
 use crate::cli::progress::Progress;
 use crate::config::Config;
 use crate::factory::template::Template;
@@ -85,7 +86,7 @@ pub fn bench(config: Config, b: &Bench, clones: usize) -> Result<u8, Failure> {
     let clone = move || cloning.clone_vm(&PURPOSE, &mut |_| {}).map(drop);
     cloned.at_once = Some(at_once(clone)?);
     drop(progress);
-    report(b, &direct, &given, &cloned, kept);
+    report(b, &direct, &given, &cloned, kept)?;
     Ok(0)
 }
 
@@ -163,7 +164,7 @@ fn ratio(a: Option<Duration>, b: Option<Duration>) -> Option<f64> {
     (!b.is_zero()).then(|| a.as_secs_f64() / b.as_secs_f64())
 }
 
-fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way, kept: u64) {
+fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way, kept: u64) -> print::Printed {
     let s3 = ratio(cloned.each.quantile(0.5), direct.each.quantile(0.5));
     let s3_at_once = ratio(cloned.at_once, direct.at_once);
     let run = ratio(cloned.run.quantile(0.5), direct.run.quantile(0.5));
@@ -186,8 +187,7 @@ fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way, kept: u64) {
                 "vms": way.memory.len(),
             });
         }
-        println!("{}", Value::to_string(&out));
-        return;
+        return print::json(&out);
     }
     let text = |words: &[&str]| words.iter().map(|w| w.to_string()).collect::<Vec<_>>();
     let mut rows = vec![text(&["", "n", "p50", "p90", "p99", "max"])];
@@ -196,8 +196,8 @@ fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way, kept: u64) {
         rows.push(way.rest.row(&format!("{name}, until at rest")));
         rows.push(way.run.row(&format!("{name}, first command")));
     }
-    print!("{}", table(&rows));
-    println!();
+    print::table(&rows)?;
+    print::line("")?;
     let heads = ["", "VMs", "RSS/VM MiB", "all", "PSS/VM MiB", "all", "VMs/min", "four at once"];
     let mut rows = vec![text(&heads)];
     for (name, way) in ways {
@@ -215,13 +215,13 @@ fn report(b: &Bench, direct: &Way, given: &Way, cloned: &Way, kept: u64) {
             }),
         ]);
     }
-    print!("{}", table(&rows));
-    println!("the template's own memory: {kept} MiB, of which the clones' PSS has what they map");
-    println!();
-    bound("S3", "p50 of a clone / p50 of a cold boot, until ready", s3, 1.0 / 12.0);
+    print::table(&rows)?;
+    let own = "of which the clones' PSS has what they map";
+    print::block(format!("the template's own memory: {kept} MiB, {own}\n\n"))?;
+    bound("S3", "p50 of a clone / p50 of a cold boot, until ready", s3, 1.0 / 12.0)?;
     if let Some(v) = s3_at_once {
-        println!("    the same for four at once: {v:.3}");
+        print::line(format!("    the same for four at once: {v:.3}"))?;
     }
-    bound("S4", "memory (PSS) of the eighth clone / of a direct VM", s4, 0.2);
-    bound("  ", "p50 of the first command in a clone / in a direct VM", run, 1.2);
+    bound("S4", "memory (PSS) of the eighth clone / of a direct VM", s4, 0.2)?;
+    bound("  ", "p50 of the first command in a clone / in a direct VM", run, 1.2)
 }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 
+use crate::cli::print;
+
 /// Width of a histogram's longest bar.
 const BAR: usize = 40;
 
@@ -77,12 +79,14 @@ pub fn show(d: Duration) -> String {
 }
 
 /// Prints a figure of the specification beside its bound.
-pub fn bound(name: &str, what: &str, value: Option<f64>, bound: f64) {
-    if let Some(v) = value {
-        let verdict = if v <= bound { "met" } else { "NOT met" };
-        let digits = if bound < 0.1 { 3 } else { 2 };
-        println!("{name}  {what}: {v:.3} (at most {bound:.digits$}: {verdict})");
-    }
+///
+/// # Errors
+/// As [`print::line`].
+pub fn bound(name: &str, what: &str, value: Option<f64>, bound: f64) -> print::Printed {
+    let Some(v) = value else { return Ok(()) };
+    let verdict = if v <= bound { "met" } else { "NOT met" };
+    let digits = if bound < 0.1 { 3 } else { 2 };
+    print::line(format!("{name}  {what}: {v:.3} (at most {bound:.digits$}: {verdict})"))
 }
 
 #[cfg(test)]

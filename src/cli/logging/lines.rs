@@ -12,6 +12,7 @@ use log::kv::{self, Key, Value, VisitSource};
 use log::Record;
 use syslog::{Facility, LogFormat, Severity};
 
+use crate::cli::escape;
 use crate::config::logging::Form;
 use crate::sys::clock::{local, Moment};
 
@@ -78,9 +79,13 @@ impl<'kvs> VisitSource<'kvs> for Line {
     }
 }
 
-/// Without control characters, and not too long.
+/// One line that is harmless, and not too long.
 fn one_line(text: &str) -> String {
-    let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    // Cut before, too: escaping makes it up to ten times as long.
+    let most = text.char_indices().nth(LONGEST).map_or(text.len(), |(at, _)| at);
+    // What QEMU or a guest wrote has lines, which are read well enough as one.
+    let spaced = text[..most].replace(['\n', '\r', '\t'], " ");
+    let mut line = escape::line(&spaced);
     if line.len() > LONGEST {
         let end = (0..=LONGEST).rev().find(|n| line.is_char_boundary(*n)).unwrap_or(0);
         line.truncate(end);
@@ -175,5 +180,6 @@ mod tests {
     fn a_message_is_one_line_of_a_bounded_length() {
         let long = one_line(&"é\n".repeat(LONGEST));
         assert!(long.len() <= LONGEST + '…'.len_utf8() && !long.contains('\n'));
+        assert_eq!(one_line("a\x1b[2J\u{202e}b\r\nc"), "a\\x1b[2J\\u{202e}b  c");
     }
 }

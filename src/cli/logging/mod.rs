@@ -6,12 +6,13 @@
 mod lines;
 mod sink;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
 use super::args::{Cli, Command, Factory, LogTo as Asked};
 use super::output::{Failure, FAILED, USAGE};
+use super::print;
 use crate::config::logging::{Form, LogTo, Logging, DEV_LOG};
 use crate::config::Config;
 use lines::Line;
@@ -30,15 +31,12 @@ impl Log for Stderr {
         if !ours(record.metadata()) {
             return;
         }
-        // One write a line: whole lines in the file, and quick.
         let told = Line::of(record).told();
-        let line = if self.server {
-            format!("{:<5} {told}\n", record.level())
+        if self.server {
+            print::bare_message(format!("{:<5} {told}", record.level()));
         } else {
-            format!("vmcache: {}: {told}\n", record.level().as_str().to_lowercase())
-        };
-        // A closed stderr is no reason to stop.
-        let _ = io::stderr().lock().write_all(line.as_bytes());
+            print::message(format!("{}: {told}", record.level().as_str().to_lowercase()));
+        }
     }
 
     fn flush(&self) {}
@@ -91,14 +89,13 @@ pub fn start(cli: &Cli) -> Result<(), Failure> {
         to => match Sink::open(to, logging.form) {
             // As in a container.
             (_, Some(why)) if auto => {
-                eprintln!("vmcache: {why}: logging to stderr");
+                print::message(format!("{why}: logging to stderr"));
                 None
             }
             (sink, why) => {
                 if let Some(why) = why {
-                    eprintln!(
-                        "vmcache: {why}: it is tried again, and messages are lost until then"
-                    );
+                    let then = "it is tried again, and messages are lost until then";
+                    print::message(format!("{why}: {then}"));
                 }
                 Some(sink)
             }

@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
 
+use crate::transport::socket::connect;
+
 /// Longest line taken from QEMU, in bytes.
 pub const MAX_LINE: usize = 1024 * 1024;
 /// Events kept until somebody asks; older ones are dropped.
@@ -101,9 +103,10 @@ impl Qmp {
     /// # Errors
     /// See [`Error`].
     pub fn connect(path: &Path, within: Duration) -> Result<Qmp, Error> {
-        let stream = UnixStream::connect(path)
+        let deadline = Instant::now() + within;
+        let stream = connect(path, within)
             .map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
-        Qmp::over(stream, path, within)
+        Qmp::over(stream, path, deadline.saturating_duration_since(Instant::now()))
     }
 
     /// The same over a connected socket.
@@ -219,13 +222,21 @@ impl Qmp {
 
     /// Whether the virtual CPUs run; an error when they can not run again, either.
     pub fn running(&mut self) -> Result<bool, Error> {
-        let command = "query-status";
-        let answer = self.execute(command, None, QUICK)?;
-        match answer["status"].as_str() {
-            Some("running") => Ok(true),
-            Some("paused") => Ok(false),
-            _ => Err(self.garbage(command, "neither running nor paused")),
+        match self.status(QUICK)?.as_str() {
+            "running" => Ok(true),
+            "paused" => Ok(false),
+            _ => Err(self.garbage("query-status", "neither running nor paused")),
         }
+    }
+
+    /// What QEMU says of the VM as a whole: `running`, `paused`, `internal-error` and so
+    /// on (its RunState).
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn status(&mut self, within: Duration) -> Result<String, Error> {
+        let answer = self.execute("query-status", None, within)?;
+        Ok(answer["status"].as_str().unwrap_or_default().to_string())
     }
 
     /// Asks QEMU to end.

@@ -29,12 +29,16 @@ pub struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Whoever waits for an answer is told.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.hang_up();
     }
 }
 
 impl Connection {
+    /// Ends it; whoever waits for an answer is told.
+    pub(super) fn hang_up(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
     pub(super) fn over(stream: UnixStream) -> Outcome<Connection> {
         let failed = |source| Error::Host { during: "use a connection to an agent", source };
         let kept = stream.try_clone().map_err(failed)?;
