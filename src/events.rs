@@ -4,7 +4,10 @@
 //! the manual. Invariants: names stay; a line tells of one event; its fields are those
 //! of [`FIELDS`]. A VM is handed out once, so `vm` names its claim, too.
 //!
-//! Messages without a name are details of the named one before or after them.
+//! Messages without a name are details of the named one before or after them. Of a kind, the
+//! log has ten lines a second ([`limit`]).
+
+pub mod limit;
 
 use log::Level;
 use Level::{Error, Info, Warn};
@@ -21,11 +24,12 @@ pub struct Event {
 }
 
 /// What lines have as fields, beside the text.
-pub const FIELDS: [(&str, &str); 7] = [
+pub const FIELDS: [(&str, &str); 8] = [
     ("vm", "the VM's id, and so that of its claim"),
     ("qemu", "the pid of the VM's QEMU"),
     ("pid", "the process that asked, or has the VM"),
     ("uid", "its user"),
+    ("peer", "what that user may do: all (direct), claim (claimer), or look (stranger)"),
     ("seconds", "how long it took"),
     ("phase", "what a boot was waiting for"),
     ("thread", "a thread of the server"),
@@ -55,6 +59,8 @@ events! {
     BOOT_FAILED "boot-failed" Error "A VM could not be made; what was missing, what QEMU and the guest wrote, and when the next try is."
     VM_CLAIMED "vm-claimed" Info "A VM went to a client."
     CLAIM_REFUSED "claim-refused" Warn "A claim got no VM; the client is told the same."
+    CONNECTION_REFUSED "connection-refused" Warn "A user has, or makes, more connections than it may; which limit, and its option."
+    PEER_SHUT "peer-shut" Warn "A connection asked for more than it may, or was too slow, and is shut; which limit, and its option. The client is told the same."
     UNDELIVERED "undelivered" Warn "A client went away while it was given a VM; that VM is destroyed."
     RELEASED "released" Info "A client does not want its VM any more; it is destroyed."
     RECLAIMED "reclaimed" Info "Who claimed a VM has ended, or never confirmed it; it is destroyed."

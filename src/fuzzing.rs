@@ -11,6 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use protobuf::Message;
@@ -26,6 +27,9 @@ use crate::factory::template::Manifest;
 use crate::hypervisor::qemu::qmp::{Qmp, MAX_LINE};
 use crate::proto::cache::{GrpcVM, GrpcVMConfig};
 use crate::proto::control::{ClaimRequest, StatusReply};
+use crate::server::relay::frames::{FrameReader, Header};
+use crate::server::relay::limits::Limits;
+use crate::server::relay::meter::{Account, Books, Meter, Pass};
 use crate::transport::frame::{Deframer, HEADER, MAX_PAYLOAD};
 use crate::transport::hybrid_vsock::shake_hands;
 use crate::transport::yamux::{Session, MAX_STREAMS, WINDOW};
@@ -58,13 +62,14 @@ const fn target(name: &'static str, most: usize, run: fn(&[u8])) -> Target {
 }
 
 /// All.
-pub static TARGETS: [Target; 15] = [
+pub static TARGETS: [Target; 16] = [
     target("qmp", 2 * MAX_LINE + SOME, qmp),
     target("ttrpc", PROTOBUF + SOME, ttrpc),
     target("yamux-client", WINDOW as usize * 2 + SOME, yamux_client),
     target("yamux-server", MAX_STREAMS * 4096 + WINDOW as usize * 2 + SOME, yamux_server),
     target("hyperstart", MAX_CONTROL + SOME, hyperstart),
     target("hybrid-vsock", SOME, hybrid_vsock),
+    target("http2-frames", SOME, http2_frames),
     target("serial-frames", 4 * (HEADER + MAX_PAYLOAD) + SOME, serial_frames),
     target("grpc-vm", PROTOBUF + SOME, grpc_vm),
     target("vm-config", 2 * SOME, vm_config),
@@ -137,6 +142,66 @@ fn hybrid_vsock(bytes: &[u8]) {
     if let Some(stream) = said(bytes) {
         let _ = shake_hands(stream, 1024, SOON);
     }
+}
+
+/// What a client sends through the relay: the same headers and the same verdict however the
+/// bytes come, and counts that end at nothing.
+fn http2_frames(bytes: &[u8]) {
+    let whole = relayed(bytes, bytes.len().max(1));
+    for size in [1, 7, 977] {
+        assert_eq!(relayed(bytes, size), whole);
+    }
+    // And as a server's, of which nothing is refused.
+    let (mut reader, mut rest) = (FrameReader::server(), bytes);
+    while !rest.is_empty() {
+        let Ok((n, _)) = reader.read(rest) else { return };
+        assert!(n > 0 && (!reader.unfinished() || reader.wanted() > 0));
+        rest = &rest[n..];
+    }
+}
+
+/// Headers that were read, and why no more were.
+fn relayed(bytes: &[u8], size: usize) -> (u64, Option<String>) {
+    static LIMITS: LazyLock<Option<Limits>> = LazyLock::new(|| {
+        Config::parse(Path::new("fuzz.toml"), "").ok().map(|c| Limits::strangers(&c))
+    });
+    let Some(limits) = &*LIMITS else { return (0, None) };
+    let (mut user, mut class) = (Account::default(), Account::default());
+    let (mut reader, mut meter) = (FrameReader::client(), Meter::default());
+    let settings = Header { length: 0, kind: 4, flags: 0, stream: 0 };
+    let mut end = None;
+    'all: for chunk in bytes.chunks(size) {
+        let mut rest = chunk;
+        while !rest.is_empty() {
+            let Ok((n, header)) = reader.read(rest) else {
+                end = Some("no preface".into());
+                break 'all;
+            };
+            rest = &rest[n..];
+            let Some(header) = header else { continue };
+            let now = reader.frames();
+            let mut books = Books { limits, user: &mut user, class: &mut class, now };
+            match meter.client(&header, &mut books) {
+                Ok(Pass::Go) => {}
+                other => {
+                    end = Some(format!("{other:?}"));
+                    break 'all;
+                }
+            }
+            // The server says its part.
+            match reader.frames() % 5 {
+                0 => meter.server(&settings, &mut books),
+                n => {
+                    let header = Header { kind: n as u8, ..header };
+                    meter.server(&header, &mut books);
+                }
+            }
+            assert!(user.streams == meter.streams.open_calls() && user.streams <= limits.streams);
+        }
+    }
+    meter.release(&mut user, &mut class);
+    assert_eq!((user.streams, user.bytes, class.streams, class.bytes), (0, 0, 0, 0));
+    (reader.frames(), end)
 }
 
 fn serial_frames(bytes: &[u8]) {

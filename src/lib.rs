@@ -56,6 +56,7 @@
 //! - Bytes from outside (gRPC, QMP, agents, configuration, ledgers) never panic.
 //! - What a path from outside leads to is root's and this process's user's alone
 //!   ([`trusted_path`]), or it is refused before it is used.
+//! - What stands between attackers and the host has a name in `walls`, and tests that take it down.
 //! - `unsafe` and libc are in [`sys`] only; threads start in `worker` only; commands print
 //!   by `cli::print` only, which makes what guests and files say harmless.
 //! - What a guest sends is written on the host by `tree::extract` only.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{after, bounded, never, select, Receiver, Sender};
 
-use crate::events::event;
+use crate::events::{event, limit};
 
 /// Something that a thread does.
 struct Task {
@@ -74,10 +74,15 @@ impl Drop for Doing {
 /// Looks after threads until `done` is told, and passes on what it finds. Where nothing
 /// is under way, this does not wake: what begins then wakes it.
 pub fn watch<T>(done: &Receiver<T>, mut found: impl FnMut(Vec<String>)) {
-    let mut next = never();
+    let (mut next, mut rest) = (never(), never());
     loop {
         select! {
             recv(done) -> _ => return,
+            // Lines of the log that were counted only: this thread has the time to say so.
+            recv(limit::counted()) -> _ => rest = after(limit::SECOND),
+            recv(rest) -> _ => {
+                rest = if limit::say_rest(false) { after(limit::SECOND) } else { never() };
+            }
             recv(WAKE.1) -> _ => next = after(LOOK),
             recv(next) -> _ => {
                 found(look());

@@ -353,6 +353,19 @@ pub struct Bench {
     /// 30/min or 1800/h, by the refill that is measured now
     #[arg(long, value_name = "RATE", conflicts_with = "refill")]
     pub advise: Option<String>,
+    /// Instead, what the relay in front of gRPC costs: calls of root's beside those of this
+    /// user, who must be one who may claim
+    #[arg(long, value_name = "UID", conflicts_with_all = ["refill", "advise"])]
+    pub relay_uid: Option<u32>,
+    /// With --relay-uid: calls to measure on a connection in use, each way
+    #[arg(long, value_name = "N", default_value_t = 2000, requires = "relay_uid")]
+    pub calls: usize,
+    /// With --relay-uid: connections to measure, each way
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "relay_uid")]
+    pub connects: usize,
+    /// With --relay-uid: claims to measure, each way, which end as many VMs
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "relay_uid")]
+    pub claims: usize,
     /// Also watch the server and its pool do nothing for so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub idle: u64,

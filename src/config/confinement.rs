@@ -96,7 +96,8 @@ impl Config {
         Ok(warnings.into_iter().map(|why| format!("{place}: user: {why}")).collect())
     }
 
-    fn names_claimers(&self) -> bool {
+    /// Whether it names others than root and the server's user who may claim.
+    pub fn names_claimers(&self) -> bool {
         ["claim_users", "claim_groups"].iter().any(|key| !self.list(OURS, key).is_empty())
     }
 }

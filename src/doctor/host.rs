@@ -14,8 +14,10 @@ use crate::host;
 
 /// File descriptors for each VM: its pidfd, its claim note, and some.
 const FDS_OF_VM: u64 = 4;
-/// And for all else: connections, above all.
-const FDS: u64 = 1024;
+/// For each connection of others than root: its own, and both ends of a pair to gRPC.
+const FDS_OF_CONNECTION: u64 = 3;
+/// And for all else.
+const FDS: u64 = 256;
 /// Processes and threads of a VM beside its CPUs.
 const TASKS_OF_VM: u64 = 16;
 
@@ -48,6 +50,13 @@ fn cgroups(config: &Config) -> Finding {
     let two = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     let wanted = config.text(OURS, "cgroup");
     match (two, wanted) {
+        (_, "") if config.names_claimers() => finding(
+            "cgroup",
+            State::Warning,
+            "VMs have none of their own: by its VM's monitor, who claims can have QEMU take more \
+             memory than user_max_memory",
+            "set cgroup = \"vmcache\"",
+        ),
         (_, "") => finding(
             "cgroup",
             State::Note,
@@ -227,7 +236,9 @@ fn ksm() -> Finding {
 /// What this user may have.
 pub fn limits(config: &Config) -> Vec<Finding> {
     let pool = config.pool as u64;
-    let files = FDS + pool * FDS_OF_VM;
+    let connections = ["max_connections", "strangers_max_connections"];
+    let connections: u64 = connections.iter().map(|key| config.number(OURS, key)).sum();
+    let files = FDS + pool * FDS_OF_VM + connections * FDS_OF_CONNECTION;
     let tasks = pool * (TASKS_OF_VM + u64::from(config.max_cpus()));
     let within = |name, resource, needed: u64, remedy: &str| {
         let most = getrlimit(resource).map_or(u64::MAX, |(_, hard)| hard);

@@ -69,7 +69,19 @@ impl GrpcCache {
     pub fn connect(endpoint: &Path) -> Result<GrpcCache, Error> {
         let unreachable = |source| Error::Unreachable { endpoint: endpoint.to_path_buf(), source };
         let stream = UnixStream::connect(endpoint).map_err(unreachable)?;
-        let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
+        GrpcCache::over(stream, endpoint, environment())
+    }
+
+    /// Over a connection to a server's socket, which was made already.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`].
+    pub fn over(
+        stream: UnixStream,
+        endpoint: &Path,
+        environment: Arc<Environment>,
+    ) -> Result<GrpcCache, Error> {
+        let unreachable = |source| Error::Unreachable { endpoint: endpoint.to_path_buf(), source };
         let builder = ChannelBuilder::new(Arc::clone(&environment))
             .max_receive_message_len(MAX_ANSWER)
             .http2_bdp_probe(false);
@@ -305,6 +317,11 @@ impl GrpcCache {
             .map(|_| ())
             .map_err(|e| self.failed("Quit", since, e))
     }
+}
+
+/// gRPC's thread in a client: one for all of its connections, or for each.
+pub fn environment() -> Arc<Environment> {
+    Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build())
 }
 
 /// For a call that may take so long.

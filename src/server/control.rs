@@ -4,16 +4,17 @@
 //! answers through the event that it was told.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
 use grpcio::{
     Method, MethodType, RpcContext, RpcStatus, RpcStatusCode, Service, ServiceBuilder, UnarySink,
 };
 
+use super::answers::Answers;
 use super::claim::{Asker, Call};
 use super::peers::{Peer, Peers};
-use super::service::{claimer, fail, master, method, succeed};
+use super::service::{claimer, fail, master, method, reserve, succeed, succeed_with};
 use super::Again;
 use crate::config::{Config, MAX_POOL};
 use crate::factory::cache::pool::{Asked, Event, Pool, Refusal, Target, Then, GRACE};
@@ -52,10 +53,17 @@ struct Own {
     base: Arc<VmConfig>,
     base_mib: u32,
     again: Arc<Again>,
+    answers: Option<Arc<Answers>>,
 }
 
-/// Our own service.
-pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Again>) -> Service {
+/// Our own service; `answers` bounds those to peers of its class.
+pub fn control(
+    config: &Config,
+    pool: &Arc<Pool>,
+    peers: &Peers,
+    again: &Arc<Again>,
+    answers: Option<Arc<Answers>>,
+) -> Service {
     let own = Own {
         pool: Arc::clone(pool),
         peers: peers.clone(),
@@ -63,14 +71,12 @@ pub fn control(config: &Config, pool: &Arc<Pool>, peers: &Peers, again: &Arc<Aga
         base: Arc::new(VmConfig::of(config)),
         base_mib: config.memory(),
         again: Arc::clone(again),
+        answers,
     };
     let [a, b, c, d, e, f, g, h, i, j] = std::array::from_fn(|_| own.clone());
     ServiceBuilder::new()
         .add_unary_handler(&STATUS, move |ctx: RpcContext<'_>, _: Empty, sink| {
-            #[cfg(feature = "faults")]
-            crate::faults::point("rpc");
-            let json = a.pool.board.json(&a.endpoint).to_string().into_bytes();
-            succeed(&ctx, sink, StatusReply { json, ..StatusReply::default() });
+            a.status(&ctx, sink);
         })
         .add_client_streaming_handler(&CLAIM, move |ctx: RpcContext<'_>, client, sink| {
             b.claim(&ctx, Call { client, sink, answer });
@@ -108,6 +114,22 @@ fn answer(vm: GrpcVM) -> ClaimReply {
 }
 
 impl Own {
+    fn status(&self, ctx: &RpcContext<'_>, sink: UnarySink<StatusReply>) {
+        #[cfg(feature = "faults")]
+        crate::faults::point("rpc");
+        let make = || self.pool.board.json(&self.endpoint).to_string().into_bytes();
+        let json = match &self.answers {
+            Some(answers) => answers.status(Instant::now(), make),
+            None => make(),
+        };
+        match reserve(ctx, self.answers.as_ref(), &self.peers, json.len()) {
+            Ok(reserved) => {
+                succeed_with(ctx, sink, StatusReply { json, ..StatusReply::default() }, reserved);
+            }
+            Err(why) => fail(ctx, sink, RpcStatusCode::RESOURCE_EXHAUSTED, &why),
+        }
+    }
+
     fn claim(&self, ctx: &RpcContext<'_>, mut call: Call<ClaimRequest, ClaimReply>) {
         let Peer { pid, start_time, uid, .. } = match claimer(ctx, &self.peers) {
             Ok(peer) => peer,

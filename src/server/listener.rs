@@ -4,14 +4,16 @@
 //! whose lock is free is stale and is replaced; the new one appears under its
 //! name with its permissions already set. Connections are accepted here and
 //! not by gRPC, so that the peer's credentials are known before a byte of it
-//! is read.
+//! is read: they decide whether it is gRPC's at once, or the relay's ([`super::relay`]), or is
+//! turned away. Whatever others do, root's connection waits for no more here than the turning
+//! away of those that stand before it in the kernel's queue.
 
 use std::error;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
-use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -22,17 +24,25 @@ use grpcio::Server;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::unistd::{chown, Group};
+use nix::unistd::{chown, geteuid, Group};
 
-use super::peers::{Peer, Peers};
+use super::numbers::Ranges;
+use super::peers::{Class, Peer, Peers};
+use super::relay::bucket::Nanos;
+use super::relay::gate::Gate;
+use super::relay::limits::nanos;
+use super::relay::{turn_away, Door};
 use crate::config::paths::{self, SOCKET_LOCK, SOCKET_NEW};
 use crate::config::{options::OURS, Config, MAX_SOCKET_PATH};
 use crate::confine::admission::Admission;
 use crate::stuck;
 use crate::sys::process::{start_time, state};
-use crate::sys::rpc::{peer_credentials, renumbered, serve_connection};
+use crate::sys::rpc::{peer_credentials, serve_connection, within};
+use crate::walls::Wall;
 use crate::worker::{self, Worker};
 
+/// Connections that are accepted before it is asked whether to stop.
+const AT_ONCE: usize = 64;
 /// Longest that a connection may take to be given to gRPC.
 const ADMIT: Duration = Duration::from_secs(5);
 /// Pause after accepting failed, for want of fds for example.
@@ -262,37 +272,51 @@ impl Accepting {
     }
 }
 
-/// Accepts connections and gives them to gRPC.
+/// Who is let in, and where to.
+pub struct Entrance {
+    /// Root's and the server's own.
+    pub direct: Server,
+    /// Everybody else's.
+    pub door: Door,
+    /// How often those may connect.
+    pub gate: Gate,
+    /// Who may claim.
+    pub admission: Admission,
+    /// Who is who.
+    pub peers: Peers,
+}
+
+/// Accepts connections and gives them to gRPC, or to the relay before it.
 ///
 /// # Errors
 /// When there is no thread.
-pub fn accept(
-    listener: UnixListener,
-    mut server: Server,
-    peers: Peers,
-    admission: Admission,
-) -> Result<Accepting, Error> {
-    server.start();
+pub fn accept(listener: UnixListener, mut entrance: Entrance) -> Result<Accepting, Error> {
     let failed = |source| Error::Io { during: "watch", path: PathBuf::new(), source };
     // A connection that has gone again must not hold this thread.
     listener.set_nonblocking(true).map_err(failed)?;
     let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| failed(e.into()))?;
     let stop = Arc::new(stop);
     let stopped = Arc::clone(&stop);
-    let thread = Worker::spawn("vmc-accept", move || loop {
-        let mut fds = [&*stopped as &dyn AsFd, &listener]
-            .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-        let _ = poll(&mut fds, PollTimeout::NONE);
-        if fds[0].any().unwrap_or(true) {
-            return (server, listener);
-        }
-        match listener.accept() {
-            Ok((stream, _)) => admit(stream, &mut server, &peers, &admission),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => {
-                log::error!("accept a connection: {e}");
-                pause(ACCEPT_PAUSE);
+    let thread = Worker::spawn("vmc-accept", move || {
+        let (start, ranges) = (Instant::now(), entrance.peers.ranges());
+        loop {
+            let mut fds = [&*stopped as &dyn AsFd, &listener]
+                .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+            let _ = poll(&mut fds, PollTimeout::NONE);
+            if fds[0].any().unwrap_or(true) {
+                return (entrance.direct, listener);
+            }
+            for _ in 0..AT_ONCE {
+                match listener.accept() {
+                    Ok((stream, _)) => entrance.admit(stream, &ranges, nanos(start.elapsed())),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => {
+                        log::error!("accept a connection: {e}");
+                        pause(ACCEPT_PAUSE);
+                        break;
+                    }
+                }
             }
         }
     })
@@ -305,27 +329,53 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-fn admit(stream: UnixStream, server: &mut Server, peers: &Peers, admission: &Admission) {
-    let _doing = stuck::begin("admitting a connection", ADMIT);
-    #[cfg(feature = "faults")]
-    crate::faults::point("accept");
-    let (pid, uid, groups) = match peer_credentials(&stream) {
-        Ok(found) => found,
-        Err(e) => {
-            log::warn!("refused a connection whose peer can not be told: {e}");
-            let _ = stream.shutdown(Shutdown::Both);
-            return;
+impl Entrance {
+    /// Decides what a peer may do, by its credentials alone, before anything is done for it.
+    fn admit(&mut self, stream: UnixStream, ranges: &Ranges, now: Nanos) {
+        let (pid, uid, groups) = match peer_credentials(&stream) {
+            Ok(found) => found,
+            Err(e) => {
+                log::warn!("refused a connection whose peer can not be told: {e}");
+                return;
+            }
+        };
+        let class = match self.admission.allows(uid, &groups) {
+            _ if uid == 0 || uid == geteuid().as_raw() || !Wall::Relay.stands() => Class::Direct,
+            true => Class::Claimer,
+            false => Class::Stranger,
+        };
+        let mut peer = Peer { pid, start_time: 0, uid, class };
+        if class == Class::Direct {
+            return self.serve(stream, peer, &ranges.of(class), &groups);
         }
-    };
-    let stream = renumbered(stream);
-    // Known before gRPC can name it.
-    let may_claim = admission.allows(uid, &groups);
-    let peer = Peer { pid, start_time: start_time(pid).unwrap_or(0), uid, may_claim };
-    if !peers.admit(&stream, peer) {
-        let _ = stream.shutdown(Shutdown::Both);
-        return;
+        if let Err(why) = self.gate.connect(uid, class, now) {
+            return turn_away(&stream, &peer, &why);
+        }
+        // It identifies who has a VM; of a stranger nobody needs to know it soon.
+        if class == Class::Claimer {
+            peer.start_time = start_time(pid).unwrap_or(0);
+        }
+        self.door.hand_in(stream, peer);
     }
-    if let Err(e) = serve_connection(server, stream) {
-        log::warn!("serve the connection of pid {pid}: {e}");
+
+    /// Gives a connection to gRPC itself.
+    fn serve(&mut self, stream: UnixStream, peer: Peer, numbers: &Range<i32>, groups: &[u32]) {
+        let _doing = stuck::begin("admitting a connection", ADMIT);
+        #[cfg(feature = "faults")]
+        crate::faults::point("accept");
+        let pid = peer.pid;
+        let mut peer = Peer { start_time: start_time(pid).unwrap_or(0), ..peer };
+        if !self.admission.allows(peer.uid, groups) {
+            // Without the relay, which only a test can be.
+            peer.class = Class::Stranger;
+        }
+        let served = within(stream, numbers).and_then(|stream| {
+            // Known before gRPC can name it.
+            self.peers.add_direct(stream.as_raw_fd(), peer);
+            serve_connection(&mut self.direct, stream)
+        });
+        if let Err(e) = served {
+            log::warn!("serve the connection of pid {pid}: {e}; LimitNOFILE= may be too low");
+        }
     }
 }

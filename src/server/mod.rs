@@ -1,24 +1,30 @@
 //! The daemon: a pool, and the socket by which its VMs leave.
 //!
 //! ```text
-//! signals ──► driver ◄── service (gRPC threads) ◄── listener (accepts, knows peers)
+//! signals ──► driver ◄── service (gRPC's thread) ◄─┬───────── listener (accepts, knows peers)
+//!                                                  └─ relay ◄─┘ all but root and this user
 //! ```
 //!
 //! Order of starting: lock, sweep (which keeps what can be kept), pool, listener,
 //! READY. Order of stopping: the driver first (it answers claims and destroys what
-//! was not handed out), then the socket goes, then gRPC, then the lock. A restart
+//! was not handed out), then the socket goes, then gRPC, then the relay, which passes
+//! gRPC's last words on, then the lock. A restart
 //! does the same, but leaves VMs, lock and socket to the program that it executes.
 //!
 //! Invariants: one server for an endpoint; when [`serve`] returns without an error,
 //! its socket and all VMs that were not handed out are gone.
 
 pub mod adopt;
+pub mod answers;
 pub mod claim;
 pub mod control;
 pub mod handover;
 pub mod listener;
+pub mod numbers;
 pub mod panics;
 pub mod peers;
+pub mod relay;
+pub mod rpc;
 pub mod service;
 pub mod signals;
 pub mod sweep;
@@ -30,24 +36,27 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use grpcio::{ChannelBuilder, EnvBuilder, ResourceQuota, ServerBuilder};
-
 use crate::config::options::OURS;
 use crate::config::{self, Config};
 use crate::confine::admission::Admission;
 use crate::confine::{self, capabilities};
-use crate::events::event;
+use crate::events::{event, limit};
 use crate::factory::cache::driver::Driver;
 use crate::factory::cache::pool::{Event, Pool, Stop, Target, Then};
-use crate::factory::cache::quota::Limits;
+use crate::factory::cache::quota;
 use crate::notify;
 use crate::process::reap_all;
 use crate::stuck;
-use crate::sys::process::raise_file_limit;
+use crate::sys::process::{file_limit, raise_file_limit};
 use crate::worker::{self, Worker};
 use handover::{Given, Inherited};
-use listener::Lock;
+use listener::{Entrance, Lock};
+use numbers::Ranges;
 use peers::Peers;
+use relay::gate::Gate;
+use relay::limits::Limits;
+use relay::Relay;
+use rpc::{Servers, Services};
 
 /// How long the driver may take to stop.
 const STOP: Duration = Duration::from_secs(60);
@@ -56,11 +65,6 @@ const JOIN: Duration = Duration::from_secs(5);
 /// How long answers that are on their way may take, and clients with the connections that
 /// they have been told to end.
 const ANSWERS: Duration = Duration::from_secs(1);
-/// Memory that gRPC may take for connections' buffers, in bytes.
-const RPC_MEMORY: usize = 8 * 1024 * 1024;
-/// Largest request taken, in bytes: all of Kata's are empty.
-const MAX_REQUEST: i32 = 64 * 1024;
-
 /// Why the server does not run.
 #[derive(Debug)]
 #[allow(missing_docs)] // The fields are what the text names.
@@ -152,7 +156,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     let store = config.store();
 
     let config = Arc::new(config);
-    let (pool, ends) = Pool::new(Limits::of(&config));
+    let (pool, ends) = Pool::new(quota::Limits::of(&config));
     let mut driver = Driver::new(&config, &pool, ends).map_err(Error::Thread)?;
     let changed = inherited.as_ref().and_then(|i| i.target);
     if let Some(target) = changed {
@@ -164,23 +168,18 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     kept.handed.into_iter().for_each(|vm| driver.inherit(vm));
     kept.ready.into_iter().for_each(|ready| driver.adopt(ready, false));
     kept.outdated.into_iter().for_each(|ready| driver.adopt(ready, true));
-    let peers = Peers::default();
-    let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build());
-    let arguments = ChannelBuilder::new(Arc::clone(&environment))
-        .set_resource_quota(ResourceQuota::new(Some("vmcache")).resize_memory(RPC_MEMORY))
-        .max_receive_message_len(MAX_REQUEST)
-        .http2_bdp_probe(false)
-        .build_args();
-    let mut server = ServerBuilder::new(Arc::clone(&environment))
-        .channel_args(arguments)
-        .register_service(service::cache(&config, &pool, &peers));
-    if !katas_calls_only() {
-        server = server.register_service(control::control(&config, &pool, &peers, &again));
-    }
-    let server = server.build().map_err(|e| Error::Rpc(e.to_string()))?;
+    let peers = Peers::new(Ranges::within(file_limit()));
+    let strangers = Limits::strangers(&config);
+    let services = Services { config: &config, pool: &pool, peers: &peers, again: &again };
+    let Servers { direct, relayed } = Servers::start(&services, &strangers).map_err(Error::Rpc)?;
+    let claimers = Limits::claimers(&config);
+    let gate = Gate::new(claimers.connects, strangers.connects);
+    let relay = Relay::start(claimers, strangers, &peers, Box::new(relayed.clone()));
+    let relay = relay.map_err(Error::Thread)?;
+    let entrance = Entrance { direct, door: relay.door(), gate, admission, peers };
     let units = inherited.as_ref().is_some_and(|i| i.units);
     let accepting = socket(&lock, inherited, &config)
-        .and_then(|socket| listener::accept(socket, server, peers, admission))
+        .and_then(|socket| listener::accept(socket, entrance))
         .map_err(Error::Listen)?;
     let listening = signals.forward(&pool, again).map_err(Error::Thread)?;
     let driver = Worker::spawn("vmc-pool", move || driver.run()).map_err(Error::Thread)?;
@@ -211,19 +210,13 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     };
     event!(SERVER_STOPPING; "{why}");
     let mut socket = None;
-    if let Some((mut server, listener)) = accepting.stop(JOIN) {
+    let accepted = accepting.stop(JOIN);
+    relay.close();
+    if let Some((direct, listener)) = accepted {
         socket = Some(listener);
-        // Answers that are on their way arrive; calls that still wait are cancelled, and
-        // with them gRPC ends the connections.
-        let finished = server.shutdown();
-        let ended = Worker::spawn("vmc-shutdown", move || futures_executor::block_on(finished));
-        if let Ok(ended) = ended {
-            let _ = ended.done().recv_timeout(ANSWERS);
-            server.cancel_all_calls();
-            let _ = ended.join(JOIN);
-        }
-        drop(server);
+        rpc::shut_down(direct, &relayed, ANSWERS, JOIN);
     }
+    relay.end(ANSWERS, JOIN);
     if then == Then::Again {
         listening.stop();
     }
@@ -235,6 +228,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
                 let text = "the accepting thread did not end";
                 return Err(Error::Restart(io::Error::other(text)));
             };
+            limit::say_rest(true);
             event!(SERVER_RESTARTING; "executing {}", program.display());
             let target = Some(pool.target()).filter(|t| *t != Target::Keep(config.pool));
             let (lock, socket) = (lock.file(), &socket.into());
@@ -248,6 +242,7 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
     }
     notify::forget();
     lock.release(units);
+    limit::say_rest(true);
     event!(SERVER_STOPPED; "nothing is left but what clients have");
     Ok(())
 }

@@ -1,26 +1,37 @@
-//! Who is at the other end of each connection, and how many there may be.
+//! Who is at the other end of each connection, by the number under which gRPC names it.
 //!
-//! Invariants: an entry is replaced when its fd is used again, and one whose connection
-//! has ended counts for nothing; no user but root can take all of the connections, and
-//! none of a user's newer ones waits for its older ones that say nothing.
+//! Invariants: a number stands for the peer whose connection has it now, or for nobody: a
+//! relayed connection is forgotten when it ends, before its number can be another's; of a
+//! direct one, which gRPC alone has, the number counts only while it is the same socket. A
+//! number of one class never stands for a peer of another ([`super::numbers`]).
 
 use std::collections::HashMap;
-use std::fs;
-use std::net::Shutdown;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
 
-use crate::sys::rpc::copy_of;
+use super::numbers::Ranges;
+use crate::sys::rpc::socket_of;
 
-/// Connections that a user may have open.
-pub const MAX_OF_USER: usize = 512;
-/// Connections of all users but root, who can always look.
-pub const MAX_CONNECTIONS: usize = 2048;
-/// Refusals are told this often at most.
-const TELL: Duration = Duration::from_secs(1);
+/// What a peer may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Root, or the server's own user: all. Its connections are gRPC's alone.
+    Direct,
+    /// One who may claim.
+    Claimer,
+    /// One who may connect, and look.
+    Stranger,
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Class::Direct => "direct",
+            Class::Claimer => "claimer",
+            Class::Stranger => "stranger",
+        })
+    }
+}
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug)]
@@ -31,157 +42,154 @@ pub struct Peer {
     pub start_time: u64,
     /// Its user.
     pub uid: u32,
-    /// Whether it may claim VMs.
-    pub may_claim: bool,
+    /// What it may do.
+    pub class: Class,
 }
+
+impl Peer {
+    /// Whether it may claim VMs.
+    pub fn may_claim(&self) -> bool {
+        self.class != Class::Stranger
+    }
+}
+
+/// Entries of direct connections beyond which those that have ended are looked for.
+const MANY: usize = 256;
 
 #[derive(Debug)]
-struct Connection {
-    peer: Peer,
-    /// Which socket the fd was.
-    socket: Option<PathBuf>,
-    /// Until it makes its first call: since when.
-    silent: Option<Instant>,
-}
-
-#[derive(Debug, Default)]
 struct Known {
-    /// By the fd's number.
-    connections: HashMap<i32, Connection>,
-    told: Option<Instant>,
+    ranges: Ranges,
+    /// With the inode of the socket that the number was.
+    direct: HashMap<i32, (Peer, u64)>,
+    relayed: HashMap<i32, Peer>,
+    /// When there are as many direct ones, the ended ones go.
+    look_at: usize,
 }
 
 /// Peers by the number of their connection's fd, under which gRPC names them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Peers(Arc<Mutex<Known>>);
 
-/// Which socket an fd is, in the kernel's words.
-fn socket(fd: i32) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/self/fd/{fd}")).ok()
-}
-
-impl Known {
-    fn of_user(&self, uid: u32) -> usize {
-        self.connections.values().filter(|c| c.peer.uid == uid).count()
-    }
-
-    fn full_for(&self, uid: u32) -> bool {
-        uid != 0 && (self.of_user(uid) >= MAX_OF_USER || self.connections.len() >= MAX_CONNECTIONS)
-    }
-
-    /// Some may have ended: nothing else tells.
-    fn forget_ended(&mut self) {
-        self.connections.retain(|fd, c| socket(*fd) == c.socket);
-    }
-
-    /// Shuts the connection of a user that has said nothing for longest; whether there
-    /// was one.
-    fn shut_silent(&mut self, uid: u32) -> bool {
-        let of_user = self.connections.iter().filter(|(_, c)| c.peer.uid == uid);
-        let silent = of_user.filter_map(|(fd, c)| c.silent.map(|at| (at, *fd)));
-        let Some((_, fd)) = silent.min() else { return false };
-        let was = self.connections.remove(&fd).and_then(|c| c.socket);
-        // First copied, then looked at: its number may be another's meanwhile.
-        if let Some(copy) = copy_of(fd).ok().filter(|copy| socket(copy.as_raw_fd()) == was) {
-            let _ = copy.shutdown(Shutdown::Both);
-        }
-        true
-    }
-
-    /// The user who has most connections.
-    fn greediest(&self) -> Option<u32> {
-        let mut counts = HashMap::<u32, usize>::new();
-        for connection in self.connections.values().filter(|c| c.peer.uid != 0) {
-            *counts.entry(connection.peer.uid).or_default() += 1;
-        }
-        counts.into_iter().max_by_key(|(_, n)| *n).map(|(uid, _)| uid)
-    }
-}
-
 impl Peers {
+    /// None yet.
+    pub fn new(ranges: Ranges) -> Peers {
+        let (direct, relayed) = (HashMap::new(), HashMap::new());
+        Peers(Arc::new(Mutex::new(Known { ranges, direct, relayed, look_at: MANY })))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The peer that gRPC calls `fd:N`, which has made a call.
+    /// Which numbers are whose.
+    pub fn ranges(&self) -> Ranges {
+        self.lock().ranges.clone()
+    }
+
+    /// The peer of the connection that gRPC calls `fd:N`; `None` when it has ended.
     pub fn find(&self, name: &str) -> Option<Peer> {
-        let fd: i32 = name.rsplit(':').next()?.parse().ok()?;
-        self.lock().connections.get_mut(&fd).map(|c| {
-            c.silent = None;
-            c.peer
-        })
-    }
-
-    /// Remembers a connection; false when its user, or all together, have too many that
-    /// are in use.
-    pub fn admit(&self, stream: &UnixStream, peer: Peer) -> bool {
+        let number: i32 = name.rsplit(':').next()?.parse().ok()?;
         let mut known = self.lock();
-        if known.full_for(peer.uid) {
-            known.forget_ended();
+        if known.ranges.class_of(number)? != Class::Direct {
+            return known.relayed.get(&number).copied();
         }
-        while known.full_for(peer.uid) {
-            // One that only takes a place gives it to who comes: first among its own.
-            let shut = known.shut_silent(peer.uid)
-                || (known.of_user(peer.uid) < MAX_OF_USER
-                    && known.greediest().is_some_and(|uid| known.shut_silent(uid)));
-            known.tell(&peer, shut);
-            if !shut {
-                return false;
-            }
+        let (peer, socket) = *known.direct.get(&number)?;
+        if socket_of(number) == Some(socket) {
+            return Some(peer);
         }
-        let (fd, silent) = (stream.as_raw_fd(), Some(Instant::now()));
-        known.connections.insert(fd, Connection { peer, socket: socket(fd), silent });
-        true
+        known.direct.remove(&number);
+        None
     }
-}
 
-impl Known {
-    fn tell(&mut self, peer: &Peer, shut: bool) {
-        if self.told.is_some_and(|at| at.elapsed() < TELL) {
-            return;
+    /// Remembers a direct connection, whose number is one of its class.
+    pub fn add_direct(&self, number: i32, peer: Peer) {
+        let mut known = self.lock();
+        // Of an end that is gRPC's alone nothing tells.
+        if known.direct.len() >= known.look_at {
+            known.direct.retain(|number, (_, socket)| socket_of(*number) == Some(*socket));
+            known.look_at = (2 * known.direct.len()).max(MANY);
         }
-        self.told = Some(Instant::now());
-        let (own, all) = (self.of_user(peer.uid), self.connections.len());
-        let what = match shut {
-            true => "connections-shut: the oldest that say nothing:",
-            false => "connection-refused:",
-        };
-        log::warn!(
-            "{what} uid {} (pid {}) has {own} connections, all users {all}; a user may have \
-             {MAX_OF_USER}, all {MAX_CONNECTIONS}",
-            peer.uid,
-            peer.pid
-        );
+        if let Some(socket) = socket_of(number) {
+            known.direct.insert(number, (peer, socket));
+        }
+    }
+
+    /// Remembers a relayed connection.
+    pub fn add_relayed(&self, number: i32, peer: Peer) {
+        let mut known = self.lock();
+        debug_assert_eq!(known.ranges.class_of(number), Some(peer.class));
+        known.relayed.insert(number, peer);
+    }
+
+    /// A relayed connection has ended.
+    pub fn remove_relayed(&self, number: i32) {
+        self.lock().relayed.remove(&number);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use crate::sys::rpc::within;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
 
-    fn peer(uid: u32) -> Peer {
-        Peer { pid: 1, start_time: 0, uid, may_claim: true }
+    fn peer(uid: u32, class: Class) -> Peer {
+        Peer { pid: 1, start_time: 0, uid, class }
     }
 
     #[test]
-    fn who_says_nothing_gives_way_and_who_is_served_stays() {
-        let peers = Peers::default();
-        let (theirs, ours): (Vec<_>, Vec<_>) =
-            (0..MAX_OF_USER + 1).map(|_| UnixStream::pair().unwrap()).unzip();
-        for stream in &ours[..MAX_OF_USER] {
-            assert!(peers.admit(stream, peer(7)));
+    fn a_number_that_is_used_again_is_not_the_one_before() {
+        let peers = Peers::new(Ranges::within(1024));
+        let range = peers.ranges().of(Class::Direct);
+        let (one, _far) = UnixStream::pair().unwrap();
+        let one = within(one, &range).unwrap();
+        let number = one.as_raw_fd();
+        assert!(range.contains(&number));
+        peers.add_direct(number, peer(0, Class::Direct));
+        let name = format!("unix:fd:{number}");
+        assert_eq!(peers.find(&name).unwrap().uid, 0);
+        drop(one);
+        assert!(peers.find(&name).is_none(), "it has ended");
+
+        // Another socket under the same number, which nobody has told of yet.
+        let (one, _far) = UnixStream::pair().unwrap();
+        let one = within(one, &(number..number + 1)).unwrap();
+        peers.add_direct(number, peer(0, Class::Direct));
+        drop(one);
+        let (other, _far) = UnixStream::pair().unwrap();
+        let other = within(other, &(number..number + 1)).unwrap();
+        assert_eq!(other.as_raw_fd(), number);
+        assert!(peers.find(&name).is_none(), "it is another socket");
+    }
+
+    #[test]
+    fn a_relayed_one_is_known_until_it_ends_and_only_in_its_class() {
+        let peers = Peers::new(Ranges::within(1024));
+        let ranges = peers.ranges();
+        let (claimer, stranger) =
+            (ranges.of(Class::Claimer).start, ranges.of(Class::Stranger).start);
+        peers.add_relayed(claimer, peer(7, Class::Claimer));
+        peers.add_relayed(stranger, peer(8, Class::Stranger));
+        let find = |n: i32| peers.find(&format!("fd:{n}")).map(|p| (p.uid, p.may_claim()));
+        assert_eq!(find(claimer), Some((7, true)));
+        assert_eq!(find(stranger), Some((8, false)));
+        peers.remove_relayed(claimer);
+        assert_eq!(find(claimer), None);
+        for name in ["", "fd:", "fd:x", "fd:-1", "fd:99999999999", "fd:5", "fd:100000"] {
+            assert!(peers.find(name).is_none(), "{name}");
         }
-        let call = |n: usize| peers.find(&format!("fd:{}", ours[n].as_raw_fd())).is_some();
-        // All but the second have made a call.
-        assert!((0..MAX_OF_USER).filter(|n| *n != 1).all(call));
-        assert!(peers.admit(&ours[MAX_OF_USER], peer(7)));
-        assert_eq!((&theirs[1]).read(&mut [0]).unwrap(), 0, "it was shut");
-        assert!(call(MAX_OF_USER) && !call(1));
-        let (_far, near) = UnixStream::pair().unwrap();
-        assert!(!peers.admit(&near, peer(7)), "all are in use");
-        assert!(peers.admit(&near, peer(8)), "of one user");
-        drop(ours);
-        assert!(peers.admit(&near, peer(7)), "none is open any more");
+    }
+
+    #[test]
+    fn direct_ones_that_have_ended_are_not_kept_for_ever() {
+        let peers = Peers::new(Ranges::within(20_000));
+        let range = peers.ranges().of(Class::Direct);
+        for _ in 0..3 * MANY {
+            let (near, _far) = UnixStream::pair().unwrap();
+            let near = within(near, &range).unwrap();
+            peers.add_direct(near.as_raw_fd(), peer(0, Class::Direct));
+        }
+        assert!(peers.lock().direct.len() <= MANY);
     }
 }

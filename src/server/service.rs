@@ -9,6 +9,7 @@ use grpcio::{
     ServiceBuilder, UnarySink,
 };
 
+use super::answers::{Answers, Reserved};
 use super::claim::{Asker, Call};
 use super::peers::{Peer, Peers};
 use crate::config::options::OURS;
@@ -42,8 +43,13 @@ const QUIT: Method<Empty, Empty> = method(MethodType::Unary, "/cache.CacheServic
 const NO_KATA: &str = "GetBaseVM is not served here (kata_calls = false): claim by \
                        vmcache.v1.Control/Claim, as vmcache's own commands do";
 
-/// Kata's service.
-pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
+/// Kata's service; `answers` bounds those to peers of its class.
+pub fn cache(
+    config: &Config,
+    pool: &Arc<Pool>,
+    peers: &Peers,
+    answers: Option<Arc<Answers>>,
+) -> Service {
     let base = VmConfig::of(config);
     let (data, agent) = match &config.served {
         Some(served) => (served.data.clone().into_bytes(), served.agent.clone().into_bytes()),
@@ -52,7 +58,7 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
     let answer = GrpcVMConfig { Data: data, AgentConfig: agent, ..GrpcVMConfig::default() };
     let (serves, base_mib) = (config.flag(OURS, "kata_calls"), config.memory());
     let (claiming, claimers) = (Arc::clone(pool), peers.clone());
-    let shown = Arc::clone(pool);
+    let (shown, watchers) = (Arc::clone(pool), peers.clone());
     let (quitting, quitters) = (Arc::clone(pool), peers.clone());
     ServiceBuilder::new()
         .add_unary_handler(&CONFIG, move |ctx: RpcContext<'_>, _: Empty, sink| {
@@ -74,7 +80,12 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
                 vmstatus: vmstatus.collect(),
                 ..GrpcStatus::default()
             };
-            succeed(&ctx, sink, status);
+            let size = usize::try_from(protobuf::Message::compute_size(&status));
+            let size = size.unwrap_or(usize::MAX);
+            match reserve(&ctx, answers.as_ref(), &watchers, size) {
+                Ok(reserved) => succeed_with(&ctx, sink, status, reserved),
+                Err(why) => fail(&ctx, sink, RpcStatusCode::RESOURCE_EXHAUSTED, &why),
+            }
         })
         .add_unary_handler(&QUIT, move |ctx: RpcContext<'_>, _: Empty, sink| {
             quit(&ctx, sink, &quitting, &quitters);
@@ -84,11 +95,38 @@ pub fn cache(config: &Config, pool: &Arc<Pool>, peers: &Peers) -> Service {
 
 /// Answers.
 pub fn succeed<T: Send + 'static>(ctx: &RpcContext<'_>, sink: UnarySink<T>, answer: T) {
+    succeed_with(ctx, sink, answer, ());
+}
+
+/// Answers, and drops `kept` when the client has it all.
+pub fn succeed_with<T: Send + 'static>(
+    ctx: &RpcContext<'_>,
+    sink: UnarySink<T>,
+    answer: T,
+    kept: impl Send + 'static,
+) {
     let sent = sink.success(answer);
     ctx.spawn(async move {
         // Dropped, it would cancel the call.
         let _ = sent.await;
+        drop(kept);
     });
+}
+
+/// Room for an answer of so many bytes to whoever asks; `None` where there is no bound.
+///
+/// # Errors
+/// What the caller is told.
+pub fn reserve(
+    ctx: &RpcContext<'_>,
+    answers: Option<&Arc<Answers>>,
+    peers: &Peers,
+    bytes: usize,
+) -> Result<Option<Reserved>, String> {
+    let Some(answers) = answers else { return Ok(None) };
+    // One whose connection has ended reads nothing any more.
+    let peer = peers.find(&ctx.peer()).ok_or("the caller is not known")?;
+    answers.reserve(peer.uid, bytes).map(Some)
 }
 
 /// Refuses.
@@ -142,9 +180,12 @@ fn quit(ctx: &RpcContext<'_>, sink: UnarySink<Empty>, pool: &Arc<Pool>, peers: &
 /// What it is told.
 pub fn claimer(ctx: &RpcContext<'_>, peers: &Peers) -> Result<Peer, String> {
     match peers.find(&ctx.peer()) {
-        Some(peer) if peer.may_claim => Ok(peer),
-        Some(Peer { pid, uid, .. }) => {
-            event!(CLAIM_REFUSED, pid = pid, uid = uid; "pid {pid} of uid {uid} is not among who may claim");
+        Some(peer) if peer.may_claim() => Ok(peer),
+        Some(Peer { pid, uid, class, .. }) => {
+            event!(
+                CLAIM_REFUSED, pid = pid, uid = uid, peer = class;
+                "pid {pid} of uid {uid} is not among who may claim"
+            );
             Err(format!("uid {uid} may not claim VMs: see claim_users, claim_groups, and user"))
         }
         None => Err("the caller is not known".to_string()),

@@ -13,6 +13,8 @@ pub mod clock;
 #[cfg(feature = "guest")]
 pub mod guest;
 #[cfg(feature = "host")]
+pub mod heap;
+#[cfg(feature = "host")]
 pub mod library;
 #[cfg(feature = "host")]
 pub mod mount;

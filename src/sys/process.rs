@@ -152,6 +152,14 @@ pub fn raise_file_limit() -> io::Result<()> {
     Ok(setrlimit(RLIMIT_NOFILE, most, most)?)
 }
 
+/// How many files this process may have open.
+#[cfg(feature = "host")]
+pub fn file_limit() -> u64 {
+    use nix::sys::resource::{getrlimit, Resource::RLIMIT_NOFILE};
+    // What every kernel gives, if it does not tell.
+    getrlimit(RLIMIT_NOFILE).map_or(1024, |(now, _)| now)
+}
+
 /// All fds but 0 to 2 go when this process executes another program.
 ///
 /// # Errors

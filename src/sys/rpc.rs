@@ -1,16 +1,14 @@
 //! Handing connected sockets to gRPC, and asking them who is behind.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use grpcio::{Channel, ChannelBuilder, Server};
-
-/// Numbers of connections begin here.
-const LOWEST: i32 = 256;
-/// How many of them are used in turn.
-const NUMBERS: i32 = 8192;
+use nix::fcntl::{fcntl, FcntlArg::F_DUPFD_CLOEXEC};
 
 /// Gives an accepted connection to a gRPC server and tells the number of its
 /// fd, under which `RpcContext::peer` names it (`fd:N`).
@@ -25,31 +23,43 @@ pub fn serve_connection(server: &mut Server, stream: UnixStream) -> io::Result<i
     Ok(fd)
 }
 
-/// The same connection under a number that was not used for long: gRPC names it by
-/// its number, and may still do so when it has ended.
-pub fn renumbered(stream: UnixStream) -> UnixStream {
-    static NEXT: AtomicI32 = AtomicI32::new(LOWEST);
-    let from = LOWEST + NEXT.fetch_add(1, Ordering::Relaxed).rem_euclid(NUMBERS);
-    match nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(from)) {
-        // SAFETY: the kernel just returned this fd, and nothing else owns it.
-        Ok(fd) => unsafe { UnixStream::from_raw_fd(fd) },
-        // Its own number, when there are not so many.
-        Err(_) => stream,
-    }
-}
-
-/// Another fd for the socket that has this number now, to be looked at.
+/// The same connection under another number: the next one in turn of this range that is free.
 ///
 /// # Errors
-/// `EBADF` when nothing has.
-pub fn copy_of(number: i32) -> io::Result<UnixStream> {
-    // SAFETY: integers only; fails when the number is not open.
-    let fd = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, LOWEST) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+/// As fcntl(2); `EMFILE` when none is free.
+pub fn within(stream: UnixStream, range: &Range<i32>) -> io::Result<UnixStream> {
+    static TURN: AtomicI32 = AtomicI32::new(0);
+    let turn = TURN.fetch_add(1, Ordering::Relaxed).rem_euclid(range.len().max(1) as i32);
+    for from in [range.start + turn, range.start] {
+        // SAFETY: the kernel just returned this fd, and nothing else owns it.
+        let copy = unsafe { UnixStream::from_raw_fd(fcntl(&stream, F_DUPFD_CLOEXEC(from))?) };
+        if range.contains(&copy.as_raw_fd()) {
+            return Ok(copy);
+        }
     }
+    Err(io::Error::from_raw_os_error(libc::EMFILE))
+}
+
+/// The same connection under this number; `None` when that is something else's now.
+///
+/// # Errors
+/// As fcntl(2).
+pub fn numbered(stream: &UnixStream, number: i32) -> io::Result<Option<UnixStream>> {
     // SAFETY: the kernel just returned this fd, and nothing else owns it.
-    Ok(unsafe { UnixStream::from_raw_fd(fd) })
+    let copy = unsafe { UnixStream::from_raw_fd(fcntl(stream, F_DUPFD_CLOEXEC(number))?) };
+    Ok(Some(copy).filter(|copy| copy.as_raw_fd() == number))
+}
+
+/// Which socket has this number now, by its inode; `None` for no socket.
+pub fn socket_of(number: i32) -> Option<u64> {
+    let mut found = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: an integer, and room for what the kernel writes; it fails where nothing is open.
+    if unsafe { libc::fstat(number, found.as_mut_ptr()) } < 0 {
+        return None;
+    }
+    // SAFETY: the call succeeded, so the kernel has written all of it.
+    let found = unsafe { found.assume_init() };
+    (found.st_mode & libc::S_IFMT == libc::S_IFSOCK).then_some(found.st_ino)
 }
 
 /// A gRPC channel over a connected socket; `target` becomes its authority.
@@ -94,4 +104,21 @@ pub fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32, Vec<u32>)>
     groups.truncate(if rc == 0 { size as usize / std::mem::size_of::<u32>() } else { 0 });
     groups.push(cred.gid());
     Ok((cred.pid(), cred.uid(), groups))
+}
+
+/// Connects as another user and group, of whom the peer's credentials will tell. The calling
+/// thread is that user's from here on, and has to end: its process's others stay what they are.
+///
+/// # Errors
+/// As setresuid(2), which is root's to call, and connect(2).
+pub fn connect_as(path: &Path, uid: u32, gid: u32) -> io::Result<UnixStream> {
+    let unchanged = libc::uid_t::MAX;
+    for (call, id) in [(libc::SYS_setresgid, gid), (libc::SYS_setresuid, uid)] {
+        // SAFETY: integers only. The system call itself, and not the C library's function,
+        // which would change all threads.
+        if unsafe { libc::syscall(call, unchanged, id, unchanged) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    UnixStream::connect(path)
 }

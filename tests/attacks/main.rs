@@ -23,3 +23,4 @@ mod claimer;
 mod guest;
 mod paths;
 mod qemu;
+mod stranger;

@@ -189,6 +189,8 @@ fn attempts(case: &Case) -> BTreeMap<String, String> {
     let told = daemon.log_lines("boot-failed").remove(0);
     order(&path, &real);
     let said = told.split("@@").nth(1).unwrap_or_else(|| panic!("{}: {told}", case.name));
+    let alive = Path::new(&format!("/proc/{victim}/fd")).read_dir().is_ok_and(|d| d.count() > 0);
+    assert!(alive || case.environment == DOWN, "{}: {}", case.name, daemon.log());
     let came = said.split(';').filter_map(|one| one.split_once('='));
     let came = came.map(|(name, result)| (name.to_string(), result.to_string())).collect();
     if case.environment != DOWN {
@@ -226,7 +228,7 @@ fn succeeds(case: &Case, but: &[&str]) {
         .iter()
         .filter(|(name, result)| *result != "ok" && !lacks(name) && !but.contains(&name.as_str()))
         .collect();
-    assert!(failed.is_empty(), "{}: {failed:?}", case.name);
+    assert!(failed.is_empty(), "{}: {failed:?} of {came:?}", case.name);
 }
 
 #[test]

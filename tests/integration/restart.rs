@@ -11,6 +11,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use vmcache::factory::grpccache::{Error, GrpcCache};
 
+use crate::confinement::{command_as, pool};
 use crate::daemon::{assert_nothing_left, qemus, text, wait_child, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
 
@@ -370,4 +371,44 @@ fn vms_of_a_version_with_fewer_walls_are_kept_where_they_are_claimed_and_else_re
     daemon.ok(&["stop", &kept]);
     wait_for("its end", || !daemon.store().join(&kept).exists());
     assert_nothing_left(&daemon.quit().0);
+}
+
+/// Another user's connections pass the relay: what they are told when the server goes arrives,
+/// and a claim that waits is asked again of the next one.
+#[test]
+fn a_claim_of_another_user_is_served_after_a_restart_and_told_of_the_end() {
+    let prepared = require_qemu!();
+    let (mut options, dir) = pool(&prepared, 1);
+    options.more_ours += "socket_mode = \"0666\"\nclaim_users = [\"232000\"]\n";
+    let daemon = Daemon::launch(&options, dir);
+    daemon.wait_ready(1);
+    daemon.ok(&["resize", "0"]);
+    wait_for("an empty pool", || daemon.status()["pool"]["ready"] == 0);
+    let claim = || {
+        let mut get = command_as(&daemon, 232_000, &["get", "--wait", "100"]);
+        let get = get.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for("a claim in line", || daemon.status()["pool"]["waiting"] == 1);
+        get
+    };
+    let waiting = claim();
+    for n in 2..5 {
+        daemon.signal(Signal::SIGUSR2);
+        daemon.wait_log("server-started", n);
+        wait_for("the claim to be there again", || daemon.status()["pool"]["waiting"] == 1);
+    }
+    daemon.ok(&["resize", "1"]);
+    let out = waiting.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}{}", text(&out.stderr), daemon.log());
+    let id = text(&out.stdout).trim().to_string();
+    daemon.wait_ready(1);
+    daemon.ok(&["resize", "0"]);
+    wait_for("an empty pool", || daemon.status()["pool"]["ready"] == 0);
+    let waiting = claim();
+    daemon.ok(&["stop", &id]);
+    daemon.wait_log("vm-ended", 1);
+    let dir = daemon.quit();
+    let out = waiting.wait_with_output().unwrap();
+    let err = text(&out.stderr);
+    assert!(!out.status.success() && err.contains("the server is stopping"), "{err}");
+    assert_nothing_left(&dir.0);
 }

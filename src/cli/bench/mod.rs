@@ -8,6 +8,7 @@
 mod advise;
 mod idle;
 mod refill;
+mod relayed;
 mod samples;
 
 use std::time::{Duration, Instant};
@@ -47,6 +48,9 @@ struct Measured {
 pub fn bench(common: &Common, b: &Bench) -> Outcome {
     if let Some(clones) = b.refill {
         return refill::bench(Config::load(common.config.as_deref())?, b, clones);
+    }
+    if let Some(uid) = b.relay_uid {
+        return relayed::bench(common, b, uid);
     }
     let server = connect(common)?;
     if let Some(rate) = &b.advise {

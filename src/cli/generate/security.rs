@@ -84,6 +84,8 @@ const ATTACKERS: [Attacker; 5] = [
             "stranger::without_the_relay_each_flood_goes_too_far",
             "stranger::a_claimer_at_all_of_its_limits_takes_no_more_than_it_may",
             "stranger::a_stranger_is_never_taken_for_the_claimer_whose_number_it_has",
+            "stranger::who_is_shut_is_told_the_limit_and_the_log_has_a_line",
+            "stranger::no_state_of_a_socket_keeps_the_relay_awake",
         ],
     },
     Attacker {
@@ -102,6 +104,7 @@ const ATTACKERS: [Attacker; 5] = [
         tests: &[
             "guest::what_is_copied_out_of_a_guest_is_files_directories_and_links",
             "guest::texts_of_a_guest_command_no_terminal",
+            "guest::a_guest_that_answers_nothing_holds_nobody",
         ],
     },
     Attacker {

@@ -1,5 +1,7 @@
 //! Messages: a server's go where its configuration says, all others to stderr.
 //!
+//! A server's have ten lines a second of each kind ([`crate::events::limit`]).
+//!
 //! What the command line says counts before the environment, and that before the
 //! configuration, which a reload reads again.
 
@@ -8,6 +10,7 @@ mod sink;
 
 use std::io::{self, IsTerminal};
 
+use log::kv::Key;
 use log::{LevelFilter, Log, Metadata, Record};
 
 use super::args::{Cli, Command, Factory, LogTo as Asked};
@@ -15,6 +18,8 @@ use super::output::{Failure, FAILED, USAGE};
 use super::print;
 use crate::config::logging::{Form, LogTo, Logging, DEV_LOG};
 use crate::config::Config;
+use crate::events::limit::{self, Kind};
+use crate::walls::Wall;
 use lines::Line;
 use sink::Sink;
 
@@ -40,6 +45,41 @@ impl Log for Stderr {
     }
 
     fn flush(&self) {}
+}
+
+/// A server's log, which has so many lines of a kind a second.
+struct Limited(Box<dyn Log>);
+
+impl Log for Limited {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !ours(record.metadata()) || !self.0.enabled(record.metadata()) {
+            return;
+        }
+        let said = record.target() == limit::TARGET || !Wall::Relay.stands();
+        if said || limit::is_said(kind(record), record.level()) {
+            self.0.log(record);
+        }
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+fn kind(record: &Record<'_>) -> Kind {
+    let value = |key: &str| record.key_values().get(Key::from_str(key)).map(|v| v.to_string());
+    let peer = value("peer").unwrap_or_default();
+    match value("event") {
+        Some(event) => Kind::event(&event, &peer),
+        None => match record.args().as_str() {
+            Some(text) => Kind::text(text, &peer),
+            None => Kind::text(&record.args().to_string(), &peer),
+        },
+    }
 }
 
 /// Libraries' own messages only at their worst: a client that goes away is an
@@ -101,9 +141,13 @@ pub fn start(cli: &Cli) -> Result<(), Failure> {
             }
         },
     };
-    let set = match opened {
-        Some(sink) => log::set_boxed_logger(Box::new(sink)),
-        None => log::set_boxed_logger(Box::new(Stderr { server })),
+    let logger: Box<dyn Log> = match opened {
+        Some(sink) => Box::new(sink),
+        None => Box::new(Stderr { server }),
+    };
+    let set = match server {
+        true => log::set_boxed_logger(Box::new(Limited(logger))),
+        false => log::set_boxed_logger(logger),
     };
     set.map_err(|e| Failure::new(FAILED, e.to_string()))
 }

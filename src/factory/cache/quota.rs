@@ -163,8 +163,8 @@ fn refuse(uid: u32, user: &Use, memory_mib: u64, limits: &Limits) -> Result<(), 
     }
     if let Some(most) = limits.memory_mib.filter(|most| user.memory_mib + memory_mib > *most) {
         return Err(format!(
-            "uid {uid} has VMs of {} MiB and claims one of {memory_mib}, and user_max_memory allows \
-             {most} MiB: {REMEDY}",
+            "uid {uid} has VMs of {} MiB (claims that wait included) and claims one of \
+             {memory_mib}, and user_max_memory allows {most} MiB: {REMEDY}",
             user.memory_mib
         ));
     }
