@@ -23,6 +23,10 @@ pub enum Wall {
     Keyring,
     /// The relay in front of gRPC, with its limits.
     Relay,
+    /// No files can be passed to the server's socket.
+    Rights,
+    /// Files that are passed all the same hold up no thread of the relay's.
+    Files,
     /// Limits of what one user may have.
     Quotas,
     /// What is copied out of a guest is made harmless.
@@ -45,6 +49,8 @@ impl Wall {
             Wall::Seals => "seals",
             Wall::Keyring => "keyring",
             Wall::Relay => "relay",
+            Wall::Rights => "rights",
+            Wall::Files => "files",
             Wall::Quotas => "quotas",
             Wall::Copies => "copies",
             Wall::Texts => "texts",

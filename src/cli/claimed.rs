@@ -132,7 +132,10 @@ pub fn ps(common: &Common, o: &Ps) -> Outcome {
         })?;
         print::json(&json!(pids))?;
     } else {
-        print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
+        let rows = String::from_utf8_lossy(&bytes);
+        for row in rows.trim_end().split('\n') {
+            print::line(row)?;
+        }
     }
     Ok(0)
 }

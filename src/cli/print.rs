@@ -85,7 +85,15 @@ pub fn message(text: impl AsRef<str>) {
 
 /// Tells what is wrong with the command line, and how it is used.
 pub fn usage(text: impl AsRef<str>) {
-    to_stderr(&escape::block(cut(text.as_ref())));
+    let mut text = cut(text.as_ref()).to_string();
+    // Its own lines help to read it; those of what it quotes are not its own.
+    for word in std::env::args_os().skip(1) {
+        let word = word.to_string_lossy();
+        if word.contains(['\n', '\r']) {
+            text = text.replace(&*word, &escape::line(&word));
+        }
+    }
+    to_stderr(&escape::block(&text));
 }
 
 /// The same for a text whose own lines help to read it: what QEMU or a guest's console

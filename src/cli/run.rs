@@ -166,8 +166,7 @@ fn shared(common: &Common, guest: &mut Guest, root: &Path, leased: bool) -> Resu
     let Some(config) = own_config(common)?.filter(|_| usable) else { return Ok(false) };
     if guest.vm().attendant(Role::Virtiofsd).is_some() {
         let daemon = config.text(QEMU, "virtio_fs_daemon").to_string();
-        guest.share_root(root, Path::new(&daemon), leased)?;
-        return Ok(true);
+        return Ok(guest.share_root(root, Path::new(&daemon), leased)?);
     }
     Ok(config.shares_9p() && guest.bind_root(root)?)
 }

@@ -1,13 +1,19 @@
 //! Who may claim: users and groups that the configuration names, beside root and the
 //! server's own user; where it names none, whoever the socket's permissions let in.
 //!
+//! Subordinate users (/etc/subuid) have to be named: one user is as many of them as it likes, in
+//! all its groups, and would have as many times what one user may have.
+//!
 //! Others who may connect can look (Config, Status), and no more. Whoever has a VM has
 //! QEMU's monitor, and so can do what QEMU's user can: VMs go to others than root and
 //! the server's own user only where QEMU runs as a user of no other rights, as it does when
 //! the server is root and `user` says nothing else.
 
+use std::sync::Arc;
+
 use nix::unistd::{geteuid, Group, User};
 
+use super::ranges::Subordinates;
 use super::user::Whose;
 use crate::config::options::OURS;
 use crate::config::Config;
@@ -21,6 +27,7 @@ pub struct Admission {
     given: bool,
     users: Vec<u32>,
     groups: Vec<u32>,
+    subordinates: Arc<Subordinates>,
 }
 
 impl Admission {
@@ -37,7 +44,7 @@ impl Admission {
         let whose = Whose::of(config).map_err(|why| ("user", why))?;
         // A guest's root writes what it likes into a shared directory, as the host's.
         let given = whose.can_be_given() && !config.shares_virtiofs() || !Wall::Users.stands();
-        Ok(Admission { anybody, given, users, groups })
+        Ok(Admission { anybody, given, users, groups, subordinates: Arc::default() })
     }
 
     /// Whether VMs are given to others than root and the server's user at all.
@@ -47,8 +54,12 @@ impl Admission {
 
     /// Whether a process of this user, with these groups, may.
     pub fn allows(&self, uid: u32, groups: &[u32]) -> bool {
-        let named = || self.users.contains(&uid) || groups.iter().any(|g| self.groups.contains(g));
-        uid == 0 || uid == geteuid().as_raw() || self.given && (self.anybody || named())
+        if uid == 0 || uid == geteuid().as_raw() {
+            return true;
+        }
+        let among = || self.anybody || groups.iter().any(|g| self.groups.contains(g));
+        let alone = || !self.subordinates.have(uid) || !Wall::Quotas.stands();
+        self.given && (self.users.contains(&uid) || among() && alone())
     }
 }
 
@@ -83,6 +94,16 @@ mod tests {
         {
             assert_eq!(some.allows(uid, &[5, group]), may, "{uid} {group}");
         }
+        let path = std::env::temp_dir().join(format!("vmcache-admission-{}", std::process::id()));
+        std::fs::write(&path, "eve:300:50\n").unwrap();
+        let mut all = [open, some, Admission::of(&config("claim_users = [\"310\"]")).unwrap()];
+        for one in &mut all {
+            one.subordinates = Arc::new(Subordinates::of(path.clone()));
+        }
+        let [open, some, named] = &all;
+        assert!(!open.allows(310, &[]) && !some.allows(310, &[78]) && named.allows(310, &[]));
+        assert!(open.allows(350, &[]) && some.allows(350, &[78]));
+        std::fs::remove_file(path).unwrap();
         let root = Config::parse("c".as_ref(), "[vmcache]\nuser = \"root\"\n").unwrap();
         assert!(!Admission::of(&root).unwrap().allows(9, &[]), "QEMU is root");
         let (key, why) = Admission::of(&config("claim_groups = [\"no such\"]")).unwrap_err();

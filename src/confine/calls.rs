@@ -8,7 +8,8 @@
 //! and no uid stands between them.
 //!
 //! Invariants: QEMU makes sockets of the Unix stream kind only, and connects none: all that it
-//! talks to is passed to it open. It signals itself only. What is refused is answered with
+//! talks to is passed to it open. It signals itself only, and starts no
+//! process. What is refused is answered with
 //! EPERM; what a library tries before it takes another way, with ENOSYS.
 //!
 //! Does not: filter by the contents of memory (a path, a structure): paths are Landlock's.
@@ -153,10 +154,15 @@ const NAMESPACES: [u64; 8] = [
     0x2000_0000,
     0x4000_0000,
 ];
+/// clone(2): in the same process.
+const CLONE_THREAD: u64 = 0x0001_0000;
 /// fcntl(2): F_SETOWN, F_SETSIG, F_SETOWN_EX, by which the kernel signals others for it.
 const FCNTL: [u32; 3] = [8, 10, 15];
-/// ioctl(2): TIOCSTI and TIOCLINUX (a terminal's input), FIOSETOWN and SIOCSPGRP (as above).
-const IOCTL: [u32; 4] = [0x5412, 0x541c, 0x8901, 0x8902];
+/// ioctl(2): TIOCSTI and TIOCLINUX (a terminal's input).
+const IOCTL: [u32; 2] = [0x5412, 0x541c];
+/// And all of sockets': a socket that is passed is of the host's network, and tells of it.
+/// FIOSETOWN and SIOCSPGRP, of fcntl's kind, are among them.
+const SOCKETS_IOCTL: (u64, u64) = (0xffff_ff00, 0x8900);
 /// Device files, of stat(2)'s kinds.
 const FORMAT: u64 = 0o170_000;
 const DEVICES: [u64; 2] = [0o020_000, 0o060_000];
@@ -217,6 +223,9 @@ fn process_itself_only(refused: &mut Refusals) -> io::Result<()> {
         refused.when(call, &[(0, When::IsNot(process))])?;
         refused.when(call, &[(1, When::IsNot(0))])?;
     }
+    // Threads, and no processes, which would outlive the VM.
+    ["fork", "vfork"].iter().for_each(|call| refused.always(call));
+    refused.when("clone", &[(0, When::Masked(CLONE_THREAD, 0))])?;
     for flag in NAMESPACES {
         refused.when("clone", &[(0, When::Masked(flag, flag))])?;
     }
@@ -226,6 +235,8 @@ fn process_itself_only(refused: &mut Refusals) -> io::Result<()> {
     for request in IOCTL {
         refused.when("ioctl", &[(1, When::Is(request))])?;
     }
+    let (mask, kind) = SOCKETS_IOCTL;
+    refused.when("ioctl", &[(1, When::Masked(mask, kind))])?;
     Ok(())
 }
 

@@ -55,6 +55,26 @@ pub fn namespace(view: View, dir: &Path) -> io::Result<OwnedFd> {
     thread.and_then(|t| t.join(MAKING)).map_err(|e| io::Error::other(e.to_string()))?
 }
 
+/// A mount namespace like this one, in which a directory is seen with these denials, and what is
+/// mounted in it is not.
+///
+/// # Errors
+/// As [`namespace`]; `EPERM` for who may make none.
+pub fn covering(directory: &Path, denies: Denies) -> io::Result<OwnedFd> {
+    let directory = directory.to_path_buf();
+    let thread = Worker::spawn("vmc-mounts", move || -> io::Result<OwnedFd> {
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)?;
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)?;
+        let seen = tree(&directory, denies)?;
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let spot = open(&directory, flags, Mode::empty())?;
+        attach(seen.as_fd(), spot.as_fd())?;
+        Ok(File::open("/proc/thread-self/ns/mnt")?.into())
+    });
+    thread.and_then(|t| t.join(MAKING)).map_err(|e| io::Error::other(e.to_string()))?
+}
+
 fn during(what: &str) -> impl Fn(io::Error) -> io::Error + '_ {
     move |e| io::Error::new(e.kind(), format!("{what}: {e}"))
 }
@@ -74,7 +94,8 @@ fn make(view: &View, dir: &Path) -> io::Result<OwnedFd> {
     plan.build(dir)?;
     let proc = dir.join("proc");
     fs::create_dir(&proc).map_err(during("make /proc"))?;
-    mount(Some("proc"), &proc, Some("proc"), flags, none)
+    let read_only = flags | MsFlags::MS_RDONLY;
+    mount(Some("proc"), &proc, Some("proc"), read_only, none)
         .map_err(|e| during("mount /proc")(e.into()))?;
     mount(
         none,
@@ -104,7 +125,8 @@ impl Plan {
         let mut plan = Plan::default();
         let read =
             Denies { writes: true, devices: true, set_ids: true, whole: true, programs: false };
-        let device = Denies { programs: true, set_ids: true, ..Denies::default() };
+        // What a device does when it is written is no writing to its file system; its mode is.
+        let device = Denies { writes: true, programs: true, set_ids: true, ..Denies::default() };
         let write =
             Denies { devices: true, programs: true, set_ids: true, whole: true, writes: false };
         // In this order: a path that is to be written and lies below one that is not is a mount
@@ -246,7 +268,8 @@ mod tests {
         let script = format!(
             "cat {b}/link; echo; ls {b}; ls /; echo mine >{b}/own/file && echo written; \
              for f in {b}/image {b}/new /usr/new /new; do touch $f || echo no; done; \
-             mknod {b}/own/null c 1 3 && head -c1 <{b}/own/null; echo x >/dev/null && echo null"
+             mknod {b}/own/null c 1 3 && head -c1 <{b}/own/null; chmod 666 /dev/null && echo chmod; \
+             echo x >/dev/null && echo null"
         );
         let said = inside(view(), &own, &script);
         assert!(
@@ -254,6 +277,7 @@ mod tests {
             "{said}"
         );
         assert!(!said.contains("secret") && !said.contains("etc"), "{said}");
+        assert!(!said.contains("chmod\n"), "{said}");
         assert_eq!(said.matches("no\n").count(), 4, "{said}");
         assert!(said.contains("own/null: Permission denied"), "{said}");
         assert_eq!(fs::read(own.join("file")).unwrap(), b"mine\n");

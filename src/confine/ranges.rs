@@ -12,7 +12,9 @@
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::SystemTime;
 
 /// Where ranges are picked: above systemd's containers, below its foreign files.
 const FIRST: u32 = 1_900_000_000;
@@ -132,6 +134,49 @@ fn subordinate(text: &str, path: &str, all: &mut Vec<Conflict>) {
     }
 }
 
+/// Subordinate users of this host: whoever has some can be any of them, without losing a group.
+///
+/// Invariant: as the file says now, which is read again when it has changed.
+#[derive(Debug)]
+pub struct Subordinates {
+    path: PathBuf,
+    read: Mutex<Read>,
+}
+
+/// What was read, and of which file: when it was changed, and its length.
+#[derive(Debug, Default)]
+struct Read {
+    of: Option<(SystemTime, u64)>,
+    all: Vec<Conflict>,
+}
+
+impl Default for Subordinates {
+    fn default() -> Subordinates {
+        Subordinates::of("/etc/subuid".into())
+    }
+}
+
+impl Subordinates {
+    /// Those that a file names.
+    pub fn of(path: PathBuf) -> Subordinates {
+        Subordinates { path, read: Mutex::default() }
+    }
+
+    /// Whether this user is one.
+    pub fn have(&self, uid: u32) -> bool {
+        let meta = fs::metadata(&self.path).ok();
+        let state = meta.and_then(|m| Some((m.modified().ok()?, m.len())));
+        let mut read = self.read.lock().unwrap_or_else(|e| e.into_inner());
+        if read.of != state {
+            let text = fs::read(&self.path).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text[..text.len().min(MAX_FILE)]);
+            *read = Read { of: state, all: Vec::new() };
+            subordinate(&text, "etc/subuid", &mut read.all);
+        }
+        read.all.iter().any(|range| range.meets(uid, uid))
+    }
+}
+
 /// Lines of passwd(5) and group(5): the number is the third word.
 fn accounts(text: &str, path: &str, all: &mut Vec<Conflict>) {
     for line in text.lines() {
@@ -155,6 +200,20 @@ fn defined(text: &str, key: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn subordinate_users_are_known_as_the_file_says_now() {
+        let path = std::env::temp_dir().join(format!("vmcache-subuid-{}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        let users = Subordinates::of(path.clone());
+        assert!(!users.have(100_000));
+        fs::write(&path, "eve:100000:65536\n").unwrap();
+        assert!(users.have(100_000) && users.have(165_535) && !users.have(165_536));
+        fs::write(&path, "eve:100000:65536\nbob:200000:1\n").unwrap();
+        assert!(users.have(200_000) && !users.have(200_001));
+        fs::remove_file(&path).unwrap();
+        assert!(!users.have(100_000));
+    }
 
     fn host(files: &[(&str, &str)]) -> Vec<Conflict> {
         let dir = std::env::temp_dir().join(format!("vmcache-ranges-{}", std::process::id()));

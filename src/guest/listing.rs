@@ -60,6 +60,8 @@ fn row(pid: i32) -> String {
     if command.is_empty() {
         command = format!("[{}]", field("Name:"));
     }
+    // A row is one line, whatever a program calls itself.
+    let command: String = command.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
     format!(
         "{pid:>5} {:>5} {:<4} {:>11} {command}\n",
         field("Uid:"),

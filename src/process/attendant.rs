@@ -50,6 +50,9 @@ pub struct Record {
     pub pid: i32,
     /// Its start time, clock ticks after boot.
     pub start_time: u64,
+    /// Whose it has to be, when it is not root or the server's user who has named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
 }
 
 /// One that runs, or did.
@@ -75,16 +78,16 @@ impl Attendant {
         Ok(Attendant { role, process: Process::spawn(program, args, inherited, leased, cage)? })
     }
 
-    /// Takes over one that a ledger names; `None` when it has ended.
+    /// Takes over one that a ledger names; `None` when it has ended, or is somebody else's now.
     pub fn adopt(record: &Record) -> Option<Attendant> {
-        let process = Process::adopt(record.pid, record.start_time).ok()?;
+        let process = Process::adopt_of(record.pid, record.start_time, record.uid).ok()?;
         Some(Attendant { role: record.role, process })
     }
 
     /// For the ledger.
     pub fn record(&self) -> Record {
         let (pid, start_time) = (self.process.pid(), self.process.start_time());
-        Record { role: self.role, pid, start_time }
+        Record { role: self.role, pid, start_time, uid: None }
     }
 
     /// What it is for.

@@ -24,7 +24,9 @@ use nix::unistd::pipe2;
 use crate::confine;
 use crate::sys::cage::Cage;
 use crate::sys::child;
-use crate::sys::process::{parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
+use crate::sys::process::{
+    parent, pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, real_uid, start_time,
+};
 use crate::trusted_path::TrustedPath;
 
 /// Bytes of its output that an error carries, the last ones.
@@ -128,6 +130,25 @@ impl Process {
         // Started before this process executed another program in its place.
         let child = parent(pid) == Some(std::process::id() as i32);
         Ok(Process { pid, start_time: started, pidfd, output: None, child, let_go: false })
+    }
+
+    /// The same for one that only a user can have named who may kill it; `None`: root, or this
+    /// process's user.
+    ///
+    /// # Errors
+    /// As [`Process::adopt`], and when it is not that user's.
+    pub fn adopt_of(pid: i32, started: u64, uid: Option<u32>) -> io::Result<Process> {
+        let process = Process::adopt(pid, started);
+        let Some(uid) = uid else { return process };
+        let process = process?;
+        // The pid is still its own when it runs after its user was read.
+        match real_uid(pid) == Some(uid) && process.alive() {
+            true => Ok(process),
+            false => {
+                process.let_go();
+                Err(io::Error::other(format!("pid {pid} is not uid {uid}'s")))
+            }
+        }
     }
 
     /// Whether it bears such a name: an argument that is, or begins with it and a

@@ -186,10 +186,9 @@ impl Own {
             return fail(ctx, sink, RpcStatusCode::PERMISSION_DENIED, "the caller is not known");
         };
         let kind = notes::Kind::of(r.kind).ok_or_else(|| "no kind of note".to_string());
-        match kind.and_then(|kind| kind.check(&r.text, by.uid).map(|()| kind)) {
-            Ok(kind) => {
+        match kind.and_then(|kind| kind.check(&r.text, by.uid).map(|text| (kind, text))) {
+            Ok((kind, text)) => {
                 let vm = VmName { id: r.id, ..VmName::default() };
-                let text = r.text;
                 self.ask(ctx, vm, sink, |asked| Event::Note { asked, kind, text });
             }
             Err(why) => fail(ctx, sink, RpcStatusCode::INVALID_ARGUMENT, &why),

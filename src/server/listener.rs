@@ -29,6 +29,7 @@ use nix::unistd::{chown, geteuid, Group};
 use super::numbers::Ranges;
 use super::peers::{Class, Peer, Peers};
 use super::relay::bucket::Nanos;
+use super::relay::client::refuse_files;
 use super::relay::gate::Gate;
 use super::relay::limits::nanos;
 use super::relay::{turn_away, Door};
@@ -260,15 +261,17 @@ fn beside(endpoint: &Path, ending: &str) -> PathBuf {
 /// The thread that accepts.
 pub struct Accepting {
     stop: Arc<EventFd>,
-    thread: Worker<(Server, UnixListener)>,
+    thread: Worker<Server>,
+    listener: UnixListener,
 }
 
 impl Accepting {
-    /// Stops accepting and gives the gRPC server back, and the socket, in whose queue
-    /// whoever connects now waits.
-    pub fn stop(self, within: Duration) -> Option<(Server, UnixListener)> {
+    /// Stops accepting and gives the gRPC server back, unless its thread does not end, and the
+    /// socket, in whose queue whoever connects now waits.
+    pub fn stop(self, within: Duration) -> (Option<Server>, UnixListener) {
         let _ = self.stop.write(1);
-        self.thread.join(within).map_err(|e| log::error!("stop: {e}")).ok()
+        let server = self.thread.join(within).map_err(|e| log::error!("stop: {e}")).ok();
+        (server, self.listener)
     }
 }
 
@@ -294,6 +297,10 @@ pub fn accept(listener: UnixListener, mut entrance: Entrance) -> Result<Acceptin
     let failed = |source| Error::Io { during: "watch", path: PathBuf::new(), source };
     // A connection that has gone again must not hold this thread.
     listener.set_nonblocking(true).map_err(failed)?;
+    if let Err(e) = refuse_files(&listener) {
+        log::warn!("have the kernel refuse files that are passed to the socket: {e}");
+    }
+    let kept = listener.try_clone().map_err(failed)?;
     let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| failed(e.into()))?;
     let stop = Arc::new(stop);
     let stopped = Arc::clone(&stop);
@@ -304,7 +311,7 @@ pub fn accept(listener: UnixListener, mut entrance: Entrance) -> Result<Acceptin
                 .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
             let _ = poll(&mut fds, PollTimeout::NONE);
             if fds[0].any().unwrap_or(true) {
-                return (entrance.direct, listener);
+                return entrance.direct;
             }
             for _ in 0..AT_ONCE {
                 match listener.accept() {
@@ -321,7 +328,7 @@ pub fn accept(listener: UnixListener, mut entrance: Entrance) -> Result<Acceptin
         }
     })
     .map_err(Error::Thread)?;
-    Ok(Accepting { stop, thread })
+    Ok(Accepting { stop, thread, listener: kept })
 }
 
 #[allow(clippy::disallowed_methods)] // Nothing tells when it can be had again.
@@ -335,6 +342,7 @@ impl Entrance {
         let (pid, uid, groups) = match peer_credentials(&stream) {
             Ok(found) => found,
             Err(e) => {
+                drop(self.door.client(stream));
                 log::warn!("refused a connection whose peer can not be told: {e}");
                 return;
             }
@@ -348,14 +356,15 @@ impl Entrance {
         if class == Class::Direct {
             return self.serve(stream, peer, &ranges.of(class), &groups);
         }
+        let client = self.door.client(stream);
         if let Err(why) = self.gate.connect(uid, class, now) {
-            return turn_away(&stream, &peer, &why);
+            return turn_away(&client, &peer, &why);
         }
         // It identifies who has a VM; of a stranger nobody needs to know it soon.
         if class == Class::Claimer {
             peer.start_time = start_time(pid).unwrap_or(0);
         }
-        self.door.hand_in(stream, peer);
+        self.door.hand_in(client, peer);
     }
 
     /// Gives a connection to gRPC itself.

@@ -209,13 +209,9 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         Then::End | Then::Next => notify::state("STOPPING=1"),
     };
     event!(SERVER_STOPPING; "{why}");
-    let mut socket = None;
-    let accepted = accepting.stop(JOIN);
+    let (direct, socket) = accepting.stop(JOIN);
     relay.close();
-    if let Some((direct, listener)) = accepted {
-        socket = Some(listener);
-        rpc::shut_down(direct, &relayed, ANSWERS, JOIN);
-    }
+    rpc::shut_down(direct, &relayed, ANSWERS, JOIN);
     relay.end(ANSWERS, JOIN);
     if then == Then::Again {
         listening.stop();
@@ -224,10 +220,6 @@ pub fn serve(config: Config, again: Arc<Again>) -> Result<(), Error> {
         Then::End => {}
         _ if pool.ending() => sweep::end_ready(&config),
         Then::Again => {
-            let Some(socket) = socket else {
-                let text = "the accepting thread did not end";
-                return Err(Error::Restart(io::Error::other(text)));
-            };
             limit::say_rest(true);
             event!(SERVER_RESTARTING; "executing {}", program.display());
             let target = Some(pool.target()).filter(|t| *t != Target::Keep(config.pool));

@@ -146,9 +146,9 @@ impl Relayed {
 
 /// Ends servers: what is answered already arrives, within `answers`; then what still waits is
 /// cancelled, and with it the connections end, within `join`.
-pub fn shut_down(direct: Server, relayed: &Relayed, answers: Duration, join: Duration) {
+pub fn shut_down(direct: Option<Server>, relayed: &Relayed, answers: Duration, join: Duration) {
     let mut servers: Vec<Server> = relayed.take().into_iter().flatten().collect();
-    servers.push(direct);
+    servers.extend(direct);
     let finished: Vec<_> = servers.iter_mut().map(Server::shutdown).collect();
     let ended = Worker::spawn("vmc-shutdown", move || {
         finished.into_iter().for_each(|f| drop(futures_executor::block_on(f)));

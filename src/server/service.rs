@@ -186,7 +186,10 @@ pub fn claimer(ctx: &RpcContext<'_>, peers: &Peers) -> Result<Peer, String> {
                 CLAIM_REFUSED, pid = pid, uid = uid, peer = class;
                 "pid {pid} of uid {uid} is not among who may claim"
             );
-            Err(format!("uid {uid} may not claim VMs: see claim_users, claim_groups, and user"))
+            Err(format!(
+                "uid {uid} may not claim VMs: see claim_users (which has to name a subordinate \
+                 user of /etc/subuid), claim_groups, and user"
+            ))
         }
         None => Err("the caller is not known".to_string()),
     }

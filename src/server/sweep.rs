@@ -53,7 +53,7 @@ pub fn sweep(config: &Config) -> io::Result<Kept> {
     let mut kept = Kept::default();
     dir::forsaken(store).iter().for_each(|path| drop(VmDir::adopt(path)));
     for (path, ledger) in Ledger::all(store) {
-        let dead = !Process::adopt(ledger.pid, ledger.start_time).is_ok_and(|qemu| {
+        let dead = !ledger.adopt_qemu().is_ok_and(|qemu| {
             let alive = qemu.alive();
             qemu.let_go();
             alive
@@ -96,7 +96,7 @@ pub fn end_ready(config: &Config) {
     let own = config.endpoint().display().to_string();
     for (path, ledger) in Ledger::all(&config.store()) {
         if ledger.endpoint == own && ledger.state == State::Ready {
-            drop(Process::adopt(ledger.pid, ledger.start_time));
+            drop(ledger.adopt_qemu());
             drop(ledger.adopt_attendants());
             drop(VmDir::adopt(&path));
         }

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use grpcio::{Channel, ChannelBuilder, Server};
+use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg::F_DUPFD_CLOEXEC};
+use nix::sys::socket::MsgFlags;
 
 /// Gives an accepted connection to a gRPC server and tells the number of its
 /// fd, under which `RpcContext::peer` names it (`fd:N`).
@@ -48,6 +50,78 @@ pub fn numbered(stream: &UnixStream, number: i32) -> io::Result<Option<UnixStrea
     // SAFETY: the kernel just returned this fd, and nothing else owns it.
     let copy = unsafe { UnixStream::from_raw_fd(fcntl(stream, F_DUPFD_CLOEXEC(number))?) };
     Ok(Some(copy).filter(|copy| copy.as_raw_fd() == number))
+}
+
+/// Most files that the kernel passes with one message (its `SCM_MAX_FD`).
+const MAX_PASSED: usize = 253;
+/// Words of control data that they take: a header, and an integer for each.
+const CONTROL: usize = 2 + MAX_PASSED / 2 + 2;
+
+/// Reads bytes, and the open files that came with them, all that there can be.
+///
+/// # Errors
+/// As recvmsg(2).
+pub fn receive_with_files(
+    stream: &UnixStream,
+    into: &mut [u8],
+    how: MsgFlags,
+) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = [0_u64; CONTROL];
+    let mut bytes = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: integers and null pointers, of which all bytes may be zero.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&mut bytes, 1);
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = std::mem::size_of_val(&control);
+    let how = how.bits() | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: both buffers are as large as they are said to be, and outlive the call.
+    let n = Errno::result(unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, how) })?;
+    let mut files = Vec::new();
+    // SAFETY: the kernel has written the message; its headers are within `control`, aligned.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    while !header.is_null() {
+        // SAFETY: as above.
+        let (one, data) = unsafe { (*header, libc::CMSG_DATA(header).cast::<i32>()) };
+        if (one.cmsg_level, one.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let all = one.cmsg_len - (data as usize - header as usize);
+            for at in 0..all / std::mem::size_of::<i32>() {
+                // SAFETY: within the message, and opened for this process by the kernel just now.
+                files.push(unsafe { OwnedFd::from_raw_fd(data.add(at).read_unaligned()) });
+            }
+        }
+        // SAFETY: as above.
+        header = unsafe { libc::CMSG_NXTHDR(&message, header) };
+    }
+    Ok((n as usize, files))
+}
+
+/// Closing this does not wait for what its peer has not taken, if it is a socket.
+pub fn linger_no_more(file: &OwnedFd) {
+    let off = libc::linger { l_onoff: 0, l_linger: 0 };
+    // No socket has nothing of the kind.
+    let _ = nix::sys::socket::setsockopt(file, nix::sys::socket::sockopt::Linger, &off);
+}
+
+/// `SO_PASSRIGHTS`, since Linux 6.16 (include/uapi/asm-generic/socket.h).
+const SO_PASSRIGHTS: i32 = 83;
+
+/// Has the kernel refuse open files that are passed to this socket, or to connections that it
+/// accepts; a kernel without that is no error.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn refuse_files(socket: RawFd) -> io::Result<()> {
+    let off = 0_i32;
+    let length = std::mem::size_of_val(&off) as libc::socklen_t;
+    let off = std::ptr::from_ref(&off).cast();
+    // SAFETY: an integer of that size.
+    match unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, SO_PASSRIGHTS, off, length) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+            e => Err(e),
+        },
+    }
 }
 
 /// Which socket has this number now, by its inode; `None` for no socket.

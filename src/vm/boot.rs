@@ -223,6 +223,7 @@ impl Spawned {
             attendants: Vec::new(),
             shape: shape::shape(config),
             build: shape::build(config),
+            by: None,
         };
         let dir = VmDir::create(&config.store(), &id, |dir| ledger.write(dir));
         let dir = dir.map_err(directory)?;

@@ -14,8 +14,9 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt,
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
+use nix::errno::Errno;
 use nix::fcntl::{open, renameat, AtFlags, OFlag};
-use nix::mount::{umount2, MntFlags};
+use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::stat::{fstat, mkdirat, Mode, SFlag};
 use nix::unistd::{fchownat, geteuid, Uid};
 
@@ -28,6 +29,9 @@ use crate::trusted_path::{check_existing, refused, Kind, TrustedPath};
 
 /// Files shared with the guest, and mounts of Kata's runtimes below.
 const SHARED: &str = crate::hypervisor::qemu::argv::SHARED;
+/// Most that a guest can put there, MiB and files: Kata's clients put names and secrets there.
+const SHARED_MIB: u32 = 64;
+const SHARED_FILES: u32 = 16_384;
 /// A root file system for one command, mounted in what the guest sees.
 const ROOT: &str = "vmcache-root";
 /// How the names of directories begin that are not a VM's yet: their makers' pid and start
@@ -94,9 +98,19 @@ impl VmDir {
     /// Makes the directory that is shared with the guest.
     ///
     /// # Errors
-    /// As mkdir(2).
+    /// As mkdir(2) and mount(2).
     pub fn share(&self) -> io::Result<()> {
-        DirBuilder::new().mode(0o700).create(self.path.join(SHARED))
+        let shared = self.path.join(SHARED);
+        DirBuilder::new().mode(0o700).create(&shared)?;
+        // What the guest writes there takes no more of the host's memory than this, and is no
+        // device or program of its.
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let size = format!("mode=0700,size={SHARED_MIB}m,nr_inodes={SHARED_FILES}");
+        match mount(Some(SHARED), &shared, Some("tmpfs"), flags, Some(size.as_str())) {
+            // An ordinary user's: what is there is its user's, and on its store.
+            Err(Errno::EPERM) => Ok(()),
+            done => Ok(done?),
+        }
     }
 
     /// Where a root file system is mounted for the guest to see, in the directory
@@ -175,7 +189,7 @@ pub fn forsaken(store: &Path) -> Vec<PathBuf> {
 }
 
 /// A mount below a directory; also when it can not be known that there is none.
-fn mounted_below(path: &Path) -> Option<PathBuf> {
+fn mounted_below(path: &Path, but: &Path) -> Option<PathBuf> {
     let real = match path.canonicalize() {
         Ok(real) => real,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return None,
@@ -187,7 +201,7 @@ fn mounted_below(path: &Path) -> Option<PathBuf> {
             .filter_map(|line| line.split(' ').nth(1))
             // The table writes a blank so.
             .map(|place| PathBuf::from(place.replace("\\040", " ")))
-            .find(|place| place.starts_with(&real)),
+            .find(|place| place.starts_with(&real) && place != but),
         Err(_) => Some(real),
     }
 }
@@ -260,7 +274,12 @@ impl Drop for VmDir {
         // A runtime may have left a root file system mounted there: what is removed
         // then is somebody's files.
         let all = self.more.iter().chain([&self.path]);
-        if let Some(place) = all.into_iter().find_map(|dir| mounted_below(dir)) {
+        let shared = self.path.canonicalize().unwrap_or_default().join(SHARED);
+        let place = all.into_iter().find_map(|dir| mounted_below(dir, &shared));
+        if place.is_none() {
+            let _ = umount2(&shared, flags);
+        }
+        if let Some(place) = place {
             log::error!(
                 "the VM directory {} is left: {} is mounted in it",
                 self.path.display(),

@@ -12,7 +12,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_derive::{Deserialize, Serialize};
@@ -20,7 +19,8 @@ use serde_derive::{Deserialize, Serialize};
 use super::{notes, private};
 use crate::agent::Kind;
 use crate::process::attendant::{Attendant, Record};
-use crate::sys::process::start_time;
+use crate::process::Process;
+use crate::sys::process::{real_uid, start_time};
 
 /// The file's name.
 pub const FILE: &str = "vm.json";
@@ -137,6 +137,10 @@ pub struct Ledger {
     /// What clients and servers reckon with ([`crate::vm::shape::build`]).
     #[serde(default)]
     pub build: String,
+    /// Who has written it, if that is neither root nor this process's user: what it names has
+    /// to be that user's.
+    #[serde(skip)]
+    pub by: Option<u32>,
 }
 
 fn yes() -> bool {
@@ -172,8 +176,10 @@ impl Ledger {
     pub fn read(dir: &Path) -> io::Result<Ledger> {
         let (bytes, uid) = private::read(dir, FILE, MAX_FILE)?;
         let mut ledger: Ledger = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-        ledger.attendants.retain(|r| may_name(uid, r.pid));
-        if ledger.pid != 0 && start_time(ledger.pid).is_some() && !may_name(uid, ledger.pid) {
+        ledger.by = named_by(uid);
+        ledger.attendants.iter_mut().for_each(|r| r.uid = r.uid.or(ledger.by));
+        let others = |by| real_uid(ledger.pid).is_some_and(|owner| owner != by);
+        if ledger.pid != 0 && ledger.by.is_some_and(others) {
             let text = format!("uid {uid} wrote it, and pid {} is not that user's", ledger.pid);
             return Err(io::Error::other(text));
         }
@@ -206,6 +212,14 @@ impl Ledger {
         Ok(())
     }
 
+    /// Its QEMU, if that runs; whoever calls this owns it.
+    ///
+    /// # Errors
+    /// As [`Process::adopt_of`].
+    pub fn adopt_qemu(&self) -> io::Result<Process> {
+        Process::adopt_of(self.pid, self.start_time, self.by)
+    }
+
     /// Those of its attendants that run; whoever calls this owns them.
     pub fn adopt_attendants(&self) -> Vec<Attendant> {
         self.attendants.iter().filter_map(Attendant::adopt).collect()
@@ -223,17 +237,16 @@ impl Ledger {
     }
 }
 
-/// Whether a user can have written this pid down: nobody has others' processes ended by
-/// naming them.
-fn may_name(uid: u32, pid: i32) -> bool {
-    let owner = || fs::metadata(format!("/proc/{pid}")).ok().map(|m| m.uid());
-    uid == 0 || uid == nix::unistd::geteuid().as_raw() || owner() == Some(uid)
+/// Whose the processes have to be that a file of this user's names: nobody has others' ended
+/// by naming them.
+fn named_by(uid: u32) -> Option<u32> {
+    Some(uid).filter(|uid| *uid != 0 && *uid != nix::unistd::geteuid().as_raw())
 }
 
 fn read_served(dir: &Path) -> Vec<Record> {
     let Some((bytes, uid)) = notes::read(dir, notes::Kind::Served) else { return Vec::new() };
     let mut all: Vec<Record> = serde_json::from_slice(&bytes).unwrap_or_default();
-    all.retain(|r| may_name(uid, r.pid));
+    all.iter_mut().for_each(|r| r.uid = r.uid.or(named_by(uid)));
     all
 }
 
@@ -314,9 +327,10 @@ mod tests {
             cid: Some(7),
             agent_url: "vsock://7:1024".into(),
             own_agent: true,
-            attendants: vec![Record { role: Role::Proxy, pid: 8, start_time: 9 }],
+            attendants: vec![Record { role: Role::Proxy, pid: 8, start_time: 9, uid: None }],
             shape: "s".into(),
             build: "b".into(),
+            by: None,
         };
         ledger.write(&vm).unwrap();
         assert_eq!(Ledger::read(&vm).unwrap(), ledger);
@@ -328,7 +342,8 @@ mod tests {
         let read = Ledger::read(&vm).unwrap();
         assert_eq!((read.state, read.owner), (State::Handing, Some(owner)));
         let mut mine = Ledger::read(&vm).unwrap();
-        mine.serve(&vm, Record { role: Role::Virtiofsd, pid: 10, start_time: 11 }).unwrap();
+        mine.serve(&vm, Record { role: Role::Virtiofsd, pid: 10, start_time: 11, uid: None })
+            .unwrap();
         mine.resize(&vm, 3, 768).unwrap();
         // The server's own copy knows nothing of it, and takes nothing back.
         ledger.write(&vm).unwrap();

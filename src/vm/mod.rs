@@ -309,7 +309,9 @@ impl Vm {
     pub fn hand_to(&self, uid: u32, memory_mib: u32) -> std::io::Result<()> {
         if memory_mib > self.memory_mib() {
             // The guest's kernel takes memory in pieces.
-            cgroup::limit_memory(self.dir(), Some(memory_mib.saturating_add(resize::BLOCK_MIB)))?;
+            let most = memory_mib.saturating_add(resize::BLOCK_MIB);
+            notes::claimed(self.dir(), most)?;
+            cgroup::limit_memory(self.dir(), Some(most))?;
         }
         self.dir.hand_to(uid)
     }

@@ -21,7 +21,7 @@ use crate::process::attendant::Record;
 use crate::proto::control::note_request;
 use crate::proto::control::NoteRequest;
 use crate::proto::control_grpc::ControlClient;
-use crate::sys::process::start_time;
+use crate::sys::process::{real_uid, start_time};
 use crate::sys::rpc::channel_over;
 
 /// Longest note, in bytes.
@@ -30,6 +30,8 @@ pub const LONGEST: usize = 4096;
 const MAX_SERVED: usize = 16;
 /// Deadline of the call.
 const CALL: Duration = Duration::from_secs(10);
+/// The server's own note of what was claimed.
+const CLAIMED: &str = "claimed";
 /// Where the owners of VMs of vmcache 0.1.0 wrote them themselves.
 const OWNERS: &str = "client";
 
@@ -71,29 +73,36 @@ impl Kind {
         })
     }
 
-    /// Whether an owner of this uid may have it noted.
+    /// What is noted when an owner of this uid asks for it: processes are noted with their user.
     ///
     /// # Errors
     /// A sentence.
-    pub fn check(self, text: &[u8], uid: u32) -> Result<(), String> {
+    pub fn check(self, text: &[u8], uid: u32) -> Result<Vec<u8>, String> {
         if text.len() > LONGEST {
             return Err(format!("a note of {} bytes, over {LONGEST}", text.len()));
         }
         match self {
             Kind::Workload => serde_json::from_slice::<serde_json::Map<_, _>>(text)
-                .map(|_| ())
+                .map(|_| text.to_vec())
                 .map_err(|e| format!("a note of a workload that is no JSON object: {e}")),
-            Kind::Size => size(text).map(|_| ()).ok_or_else(|| "a size that is no size".into()),
+            Kind::Size => {
+                size(text).map(|_| text.to_vec()).ok_or_else(|| "a size that is no size".into())
+            }
             Kind::Served => {
-                let all: Vec<Record> = serde_json::from_slice(text)
+                let mut all: Vec<Record> = serde_json::from_slice(text)
                     .map_err(|e| format!("a note of processes that is none: {e}"))?;
                 if all.len() > MAX_SERVED {
                     return Err(format!("{} processes, over {MAX_SERVED}", all.len()));
                 }
-                match all.iter().find(|r| !is_users(r, uid)) {
-                    Some(r) => Err(format!("process {} is not uid {uid}'s", r.pid)),
-                    None => Ok(()),
+                for record in &mut all {
+                    if !is_users(record, uid) {
+                        let text =
+                            format!("process {} has ended, or is not uid {uid}'s", record.pid);
+                        return Err(text);
+                    }
+                    record.uid = Some(uid).filter(|uid| *uid != 0);
                 }
+                serde_json::to_vec(&all).map_err(|e| e.to_string())
             }
         }
     }
@@ -105,13 +114,27 @@ pub fn size(text: &[u8]) -> Option<(u32, u32)> {
     Some((cpus.parse().ok()?, memory.parse().ok()?))
 }
 
-/// Whether a process is of this user, or has ended: nobody has others' ended by naming them.
+/// Whether a process runs and is this user's: nobody has others' ended by naming them, nor
+/// those that are still to come.
 fn is_users(record: &Record, uid: u32) -> bool {
-    if start_time(record.pid) != Some(record.start_time) {
-        return uid == 0 || start_time(record.pid).is_none();
-    }
-    let owner = fs::metadata(format!("/proc/{}", record.pid)).map(|m| m.uid());
-    uid == 0 || owner.is_ok_and(|owner| owner == uid)
+    let runs = || start_time(record.pid) == Some(record.start_time);
+    // The pid is still its own when it runs after its user was read.
+    runs() && (uid == 0 || real_uid(record.pid) == Some(uid)) && runs()
+}
+
+/// Notes what a VM may have grown to, MiB, by its claim: what its owner says of its size is
+/// believed only when that is more.
+///
+/// # Errors
+/// As the file system's.
+pub fn claimed(dir: &Path, memory_mib: u32) -> io::Result<()> {
+    private::replace(dir, CLAIMED, memory_mib.to_string().as_bytes())
+}
+
+/// What was noted so; `None` for a VM that was claimed as it was.
+pub fn claimed_memory(dir: &Path) -> Option<u32> {
+    let (text, _) = private::read(dir, CLAIMED, LONGEST as u64).ok()?;
+    std::str::from_utf8(&text).ok()?.parse().ok()
 }
 
 /// What is noted in a VM's directory; `None` when nothing is that can be trusted.
@@ -173,7 +196,7 @@ mod tests {
     fn what_an_owner_has_noted_is_looked_at() {
         let pid = std::process::id() as i32;
         let record = |pid, start_time| {
-            let record = Record { role: Role::Virtiofsd, pid, start_time };
+            let record = Record { role: Role::Virtiofsd, pid, start_time, uid: None };
             serde_json::to_vec(&vec![record]).unwrap()
         };
         let own = nix::unistd::geteuid().as_raw();
@@ -191,6 +214,9 @@ mod tests {
             (Kind::Served, record(1, start_time(1).unwrap()), own + 1, false),
             // Some other process has that pid now.
             (Kind::Served, record(1, 0), own + 1, false),
+            // Nobody has it yet.
+            (Kind::Served, record(i32::MAX, 7), own + 1, false),
+            (Kind::Served, record(i32::MAX, 7), own, false),
             (Kind::Served, b"{".to_vec(), own, false),
         ] {
             let told = kind.check(&text, uid);

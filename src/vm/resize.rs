@@ -19,7 +19,7 @@ use crate::hypervisor::qemu::hotplug;
 use crate::hypervisor::qemu::qmp::{Qmp, QUICK};
 
 /// Size of a memory block where the agent does not tell: x86's and arm64's.
-pub(super) const BLOCK_MIB: u32 = 128;
+pub const BLOCK_MIB: u32 = 128;
 
 /// Why a base VM can not have the size asked for.
 #[derive(Debug, PartialEq, Eq)]

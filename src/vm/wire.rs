@@ -177,8 +177,8 @@ fn directory(dir: &Path, id: &str, agent: &Address) -> VmDir {
 /// # Errors
 /// [`Error::Adopt`] or [`Error::Dead`].
 pub fn from_directory(dir: &Path, ledger: Ledger) -> Result<Vm, Error> {
-    let process = Process::adopt(ledger.pid, ledger.start_time)
-        .map_err(|_| Error::Dead { id: ledger.id.clone(), pid: ledger.pid })?;
+    let process =
+        ledger.adopt_qemu().map_err(|_| Error::Dead { id: ledger.id.clone(), pid: ledger.pid })?;
     let way = ledger.cid.map_or(Way::Serial, Way::Vsock);
     let agent = Address::parse(ledger.agent, &ledger.agent_url)
         .unwrap_or_else(|_| Address::of(ledger.agent, dir, way));

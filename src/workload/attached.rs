@@ -118,7 +118,8 @@ const LAYERS: &str = "/run/vmcache/layers";
 impl Guest {
     /// Lets a directory of the host be the command's root, without copying it: the
     /// guest sees it as it is, and keeps what it writes to itself. `daemon` is the
-    /// virtiofsd; `leased`, it ends with the calling thread.
+    /// virtiofsd; `leased`, it ends with the calling thread. False where this process may make
+    /// no read-only mount of it.
     ///
     /// # Errors
     /// [`Error::Attach`]; the VM is then of no use.
@@ -127,8 +128,10 @@ impl Guest {
         directory: &Path,
         daemon: &Path,
         leased: bool,
-    ) -> Result<(), Error> {
-        self.vm.share(directory, daemon, "auto", leased).map_err(Error::Attach)?;
+    ) -> Result<bool, Error> {
+        if !self.vm.share(directory, daemon, "auto", leased).map_err(Error::Attach)? {
+            return Ok(false);
+        }
         let lower = format!("{LAYERS}/lower");
         let bottom = Storage {
             driver: "virtio-fs".into(),
@@ -139,7 +142,7 @@ impl Guest {
             ..Storage::default()
         };
         self.attached.layers = vec![bottom, overlay(&lower)];
-        Ok(())
+        Ok(true)
     }
 
     /// The same by way of the directory that the VM has by 9p; false where the guest's

@@ -6,13 +6,15 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmcache::factory::grpccache::GrpcCache;
+use vmcache::sys::process::start_time;
+use vmcache::vm::notes;
 
 use crate::daemon::{directories, for_all_users, qemus, text, Daemon, Dir, Options, LONG};
 use crate::require_qemu;
@@ -288,13 +290,64 @@ fn by_its_own_processes_and_calls_a_claimer_reaches_nothing() {
         assert!(!out.status.success(), "{command:?}: {}", text(&out.stdout));
     }
     assert!(daemon.ok(&["list"]).contains(&bobs));
+    let mut noted = notes(&daemon, &eves);
     quotas(&daemon, &eves);
+    // With its VM, what it has named has ended, and nothing else.
+    assert_eq!(noted.wait().unwrap().signal(), Some(9));
+}
+
+/// Has the server note something of its VM, by its own call.
+fn note(daemon: &Daemon, id: &str, kind: notes::Kind, text: &str) -> Result<(), String> {
+    let (dir, endpoint) = (daemon.store().join(id), daemon.socket().display().to_string());
+    let text = text.to_string();
+    let told = std::thread::spawn(move || {
+        // SAFETY: integers only; of this thread alone, which ends with it.
+        unsafe { libc::syscall(libc::SYS_setresuid, EVE, EVE, EVE) };
+        notes::write(&dir, &endpoint, kind, text.as_bytes())
+    });
+    told.join().unwrap().map_err(|e| e.to_string())
+}
+
+/// What it has noted of processes that serve its VM, which end with it: it names what is its
+/// own, and runs.
+fn notes(daemon: &Daemon, eves: &str) -> Child {
+    let noted = |all: Vec<(i32, u64)>| {
+        let record =
+            |(pid, start_time)| json!({"role": "network", "pid": pid, "start_time": start_time});
+        let text = Value::from(all.into_iter().map(record).collect::<Vec<_>>()).to_string();
+        note(daemon, eves, notes::Kind::Served, &text)
+    };
+    let mut sleep = Command::new("/bin/sleep");
+    let own = sleep.arg("1000").uid(EVE).gid(EVE).spawn().unwrap();
+    let (pid, now) = (own.id() as i32, start_time(own.id() as i32).unwrap());
+    noted(vec![(pid, now)]).unwrap();
+    // Root's, its own by another name, and who will have a number that nobody has now.
+    let free = (300..32_000).rev().find(|pid| start_time(*pid).is_none()).unwrap();
+    for other in [(1, start_time(1).unwrap()), (pid, now + 1), (free, now), (free, now + 100)] {
+        let told = noted(vec![(pid, now), other]).unwrap_err();
+        assert!(told.contains(&format!("process {} has ended, or is not uid", other.0)), "{told}");
+    }
+    own
 }
 
 /// Two VMs, of 1000 MiB together, and two claims in a minute that come to nothing.
 fn quotas(daemon: &Daemon, eves: &str) {
     let out = as_user(daemon, EVE, &["get", "--memory", "800"]);
     assert!(text(&out.stderr).contains("user_max_memory allows 1000 MiB"), "{out:?}");
+    // As it grows, which is in pieces: 512 MiB beside its own 256, and 256 more; over a restart,
+    // and whatever its owner says of its size.
+    let out = as_user(daemon, EVE, &["get", "--memory", "400"]);
+    assert!(out.status.success(), "{out:?}");
+    let grown = text(&out.stdout).trim().to_string();
+    note(daemon, &grown, notes::Kind::Size, "1 1").unwrap();
+    let before = daemon.log_lines("server-started").len();
+    daemon.ok(&["restart"]);
+    daemon.wait_log("server-started", before + 1);
+    daemon.wait_ready(3);
+    let out = as_user(daemon, EVE, &["get", "--memory", "257"]);
+    assert!(text(&out.stderr).contains("user_max_memory allows 1000 MiB"), "{out:?}");
+    assert!(as_user(daemon, EVE, &["stop", &grown]).status.success());
+    daemon.wait_log(&format!("vm-ended: VM {grown}"), 1);
     let more = get(daemon, EVE);
     let out = as_user(daemon, EVE, &["get"]);
     let why = format!("uid {EVE} has 2 VMs (claims that wait included), and user_max_vms allows 2");

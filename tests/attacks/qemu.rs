@@ -23,10 +23,12 @@ use crate::daemon::{for_all_users, qemus, text, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// Attempts that are no use on some kernels, whatever walls there are.
-const MAY_LACK: [&str; 5] = ["vsock", "x32", "newer", "userfaultfd", "io-uring"];
+const MAY_LACK: [&str; 6] = ["vsock", "x32", "newer", "userfaultfd", "io-uring", "mounts"];
 /// What a user without rights is refused by the kernel itself, so that a server of such a user
 /// shows nothing by it, walls or not.
-const TAKES_RIGHTS: [&str; 11] = [
+const TAKES_RIGHTS: [&str; 13] = [
+    "chmod-device",
+    "chown-device",
     "packet",
     "chown",
     "device",
@@ -163,7 +165,7 @@ fn attempts(case: &Case) -> BTreeMap<String, String> {
     let host = Witnesses::new(&dir.0, case.server);
     plant_a_key();
     let daemon = Daemon::launch_with(&options, dir, case.environment);
-    daemon.wait_ready(2);
+    daemon.wait_rest(2);
     let victim = qemus(&daemon.dir.0)[0];
     let maps = fs::read_to_string(format!("/proc/{victim}/maps")).unwrap();
     let address = i64::from_str_radix(maps.split('-').next().unwrap(), 16).unwrap();
@@ -178,7 +180,8 @@ fn attempts(case: &Case) -> BTreeMap<String, String> {
         "port": host.tcp.local_addr().unwrap().port(),
         "victim": victim, "address": address, "ledger": of("vm.json"), "store": daemon.store(),
         "own-ledger": of("pid"), "secret": at("secret"), "witness": at("witness"),
-        "moved": at("moved"), "new-file": at("new"), "own": daemon.store(),
+        // Of its view's devices, one that nobody misses.
+        "host-device": "/dev/urandom", "moved": at("moved"), "new-file": at("new"), "own": daemon.store(),
         "template-memory": template.join("memory"), "template-state": template.join("state"),
         "shm": host.key,
     });
@@ -192,8 +195,11 @@ fn attempts(case: &Case) -> BTreeMap<String, String> {
     let alive = Path::new(&format!("/proc/{victim}/fd")).read_dir().is_ok_and(|d| d.count() > 0);
     assert!(alive || case.environment == DOWN, "{}: {}", case.name, daemon.log());
     let came = said.split(';').filter_map(|one| one.split_once('='));
-    let came = came.map(|(name, result)| (name.to_string(), result.to_string())).collect();
-    if case.environment != DOWN {
+    let came: BTreeMap<String, String> =
+        came.map(|(name, result)| (name.to_string(), result.to_string())).collect();
+    if case.environment == DOWN {
+        assert_ne!(came["qmp"], "ENOENT", "{}: its VM is gone{}", case.name, daemon.log());
+    } else {
         // What was attacked is as well as ever.
         let said = as_server(&daemon, case.server, &["list"]);
         assert!(said.contains(id.trim()) && qemus(&daemon.dir.0).contains(&victim), "{said}");

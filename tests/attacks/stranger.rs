@@ -28,6 +28,9 @@ mod floods;
 mod http2;
 
 use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -36,6 +39,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use vmcache::factory::grpccache::{environment, GrpcCache};
 use vmcache::sys::rpc::connect_as;
 
@@ -428,6 +432,86 @@ fn a_claimer_at_all_of_its_limits_takes_no_more_than_it_may() {
     // Given back, it is ended by and by.
     daemon.wait_log("vm-ended", 2);
     assert_nothing_left(&daemon.quit().0);
+}
+
+/// A socket that takes long to close: what its peer has not read is waited for.
+fn lingering(seconds: i32) -> (TcpListener, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 65_536]).is_ok() {}
+    stream.set_nonblocking(false).unwrap();
+    let linger = libc::linger { l_onoff: 1, l_linger: seconds };
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    (listener, stream)
+}
+
+/// Connections that pass such sockets, whose last opening then is the server's; those that can.
+fn pass_files(daemon: &Daemon, user: u32, n: usize) -> Vec<(UnixStream, TcpListener)> {
+    let socket = daemon.socket();
+    let pass = move |_| {
+        let (listener, file) = lingering(4);
+        let stream = connect_as(&socket, user, user).unwrap();
+        let (fds, bytes) = ([file.as_raw_fd()], [std::io::IoSlice::new(b"PRI * HTTP/2.0")]);
+        let rights = [ControlMessage::ScmRights(&fds)];
+        // Since Linux 6.16 the kernel refuses it, and it is this process that would wait.
+        let flags = MsgFlags::empty();
+        if sendmsg::<()>(stream.as_raw_fd(), &bytes, &rights, flags, None).is_err() {
+            let off = libc::linger { l_onoff: 0, l_linger: 0 };
+            nix::sys::socket::setsockopt(&file, nix::sys::socket::sockopt::Linger, &off).unwrap();
+        }
+        (stream, listener)
+    };
+    // Nobody takes it before it is all the server's. As that user from then on.
+    daemon.signal(nix::sys::signal::Signal::SIGSTOP);
+    let all = std::thread::spawn(move || (0..n).map(pass).collect()).join().unwrap();
+    daemon.signal(nix::sys::signal::Signal::SIGCONT);
+    all
+}
+
+/// How long root and a claimer wait for an answer: with one connection that stays, and with many
+/// that are turned away.
+fn held_up(walls_down: &str, prepared: &Path) -> Duration {
+    let daemon = daemon(prepared, walls_down);
+    daemon.wait_ready(1);
+    let mut longest = Duration::ZERO;
+    // Without walls each holds its server up as long again, at its end, too.
+    let numbers: &[usize] = if walls_down.contains("files") { &[1] } else { &[1, 90] };
+    for &n in numbers {
+        let passed = pass_files(&daemon, ONE.first, n);
+        longest = longest.max(statuses(&daemon, 2, Duration::from_millis(50)));
+        let (socket, since) = (daemon.socket(), Instant::now());
+        let claimer = std::thread::spawn(move || {
+            let stream = connect_as(&socket, CLAIMER, CLAIMER).unwrap();
+            GrpcCache::over(stream, &socket, environment()).unwrap().fetch_status().is_ok()
+        });
+        assert!(claimer.join().unwrap() || !walls_down.is_empty(), "{}", daemon.log());
+        longest = longest.max(since.elapsed());
+        drop(passed);
+    }
+    // And a restart, while the kernel may still wait.
+    if !walls_down.contains("files") {
+        drop(pass_files(&daemon, ONE.first, 20));
+        let before = daemon.log_lines("server-started").len();
+        daemon.signal(nix::sys::signal::Signal::SIGUSR2);
+        daemon.wait_log("server-started", before + 1);
+        daemon.wait_ready(1);
+        assert_nothing_left(&daemon.quit().0);
+    }
+    longest
+}
+
+/// Files that a stranger passes, with the kernel's refusal, without it, and without any wall.
+#[test]
+fn files_that_are_passed_hold_up_nobody() {
+    let prepared = require_qemu!();
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    for walls_down in ["", "rights"] {
+        let longest = held_up(walls_down, &prepared);
+        assert!(longest < Duration::from_secs(2), "{walls_down:?}: {longest:?}");
+    }
+    let longest = held_up("rights,files", &prepared);
+    assert!(longest > Duration::from_secs(2), "without walls: {longest:?}");
 }
 
 /// Numbers of connections are used again; who is behind one is not confused with who was.

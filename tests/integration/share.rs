@@ -83,6 +83,12 @@ fn a_root_is_as_it_is(d: &Daemon, root: &Path) {
     assert_eq!(fs::metadata(root.join("etc")).unwrap().mtime(), before);
 }
 
+/// Of mounts, the host sees no more than what each VM shares.
+fn only_their_own(d: &Daemon) {
+    let all = mounts(&d.store());
+    assert!(all.iter().all(|place| Path::new(place).ends_with("shared")), "{all:?}");
+}
+
 /// By 9p clones see it, too; the mount goes with the VM, however that goes.
 #[test]
 fn a_root_is_seen_by_9p_and_goes_with_its_vm() {
@@ -92,7 +98,7 @@ fn a_root_is_seen_by_9p_and_goes_with_its_vm() {
     let options = cloning(options_9p(&prepared), &dir);
     let d = Daemon::start(&options);
     a_root_is_as_it_is(&d, &root);
-    assert!(mounts(&d.store()).is_empty(), "{:?}", mounts(&d.store()));
+    only_their_own(&d);
     let arguments =
         ["run", "--keep", "--rootfs", root.to_str().unwrap(), "--", "cat", "/etc/issue"];
     let out = d.output(&arguments);
@@ -105,7 +111,7 @@ fn a_root_is_seen_by_9p_and_goes_with_its_vm() {
     let place = d.store().join(&id).join("shared/vmcache-root");
     let theirs = fs::read_to_string(format!("/proc/{qemu}/mounts")).unwrap();
     assert!(theirs.contains(&format!(" {} ", place.display())), "{theirs}");
-    assert!(mounts(&d.store()).is_empty(), "{:?}", mounts(&d.store()));
+    only_their_own(&d);
     // The guest is root there, and the host's files stay as they are.
     let seen = PathBuf::from(format!("/proc/{qemu}/root")).join(place.strip_prefix("/").unwrap());
     let write = fs::write(seen.join("etc/vmcache-was-here"), "");
@@ -142,5 +148,43 @@ fn a_vm_goes_with_what_serves_it_and_the_other_way_round() {
     let dir = vm.dir().to_path_buf();
     vm.destroy();
     wait_for("the end of its virtiofsd", || serving(&dir).is_empty());
+    assert_nothing_left(&d.quit().0);
+}
+
+/// What the guest's root does with what it is shown: on the host nothing of it is to be seen, and
+/// no more than so much is taken.
+#[test]
+fn a_guest_writes_nothing_into_a_root_that_it_sees_and_little_into_its_own_directory() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&options(&prepared, 1));
+    let root = d.dir.0.join("root");
+    for name in ["bin", "mnt", "proc", "dev", "sys", "tmp"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for name in ["sh", "mount", "touch", "cp", "chmod", "mknod", "rm", "echo", "dd"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
+    }
+    let script = "mount -t virtiofs vmcacheRoot /mnt && echo seen; mount -o remount,rw /mnt
+         for does in 'touch /mnt/new' 'cp /bin/busybox /mnt/suid' 'mknod /mnt/sda b 8 0' \
+             'chmod 777 /mnt/bin' 'rm /mnt/bin/rm' 'chmod 4755 /mnt/bin/busybox'; do
+             $does 2>/dev/null && echo \"$does\"; done; true";
+    let said = d.ok(&["run", "--rootfs", &root.display().to_string(), "--", "sh", "-c", script]);
+    assert_eq!(said, "seen\n", "what is done is told");
+    let mode = |name: &str| fs::symlink_metadata(root.join(name)).map(|m| m.mode() & 0o7777);
+    assert!(mode("new").is_err() && mode("suid").is_err() && mode("sda").is_err());
+    assert!(mode("bin").unwrap() != 0o777 && mode("bin/rm").is_ok());
+    d.wait_ready(1);
+    let id = d.ok(&["get"]).trim().to_string();
+    let script = "mkdir -p /m && mount -t virtiofs kataShared /m && echo seen
+         mknod /m/null c 1 3; dd if=/dev/zero of=/m/fill bs=1M count=200 2>/dev/null && echo all
+         true";
+    assert_eq!(d.ok(&["exec", &id, "--", "sh", "-c", script]), "seen\n");
+    let shared = d.store().join(&id).join("shared");
+    assert!(fs::metadata(shared.join("fill")).unwrap().len() <= 64 << 20);
+    // A device that a guest has made is none on the host.
+    let null = shared.join("null");
+    assert!(!null.exists() || fs::File::open(null).is_err());
+    d.ok(&["stop", &id]);
     assert_nothing_left(&d.quit().0);
 }

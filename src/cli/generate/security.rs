@@ -84,6 +84,7 @@ const ATTACKERS: [Attacker; 5] = [
             "stranger::without_the_relay_each_flood_goes_too_far",
             "stranger::a_claimer_at_all_of_its_limits_takes_no_more_than_it_may",
             "stranger::a_stranger_is_never_taken_for_the_claimer_whose_number_it_has",
+            "stranger::files_that_are_passed_hold_up_nobody",
             "stranger::who_is_shut_is_told_the_limit_and_the_log_has_a_line",
             "stranger::no_state_of_a_socket_keeps_the_relay_awake",
         ],

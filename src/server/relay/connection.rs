@@ -19,6 +19,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{setsockopt, sockopt::SndBuf};
 
 use super::bucket::Nanos;
+use super::client::Client;
 use super::frames::{goaway, FrameReader, EMPTY_SETTINGS};
 use super::limits::{nanos, Excess, FRAME_WITHIN, PREFACE_WITHIN, READ_WITHIN};
 use super::meter::{Books, Meter, Pass};
@@ -80,7 +81,7 @@ pub struct Connection {
     /// What it has asked for.
     pub meter: Meter,
     accepted: Nanos,
-    client: UnixStream,
+    client: Client,
     grpc: Option<Grpc>,
     up: Pipe,
     down: Pipe,
@@ -98,10 +99,10 @@ impl Connection {
     ///
     /// # Errors
     /// As setting the socket non-blocking.
-    pub fn new(client: UnixStream, peer: Peer, now: Nanos) -> io::Result<Connection> {
+    pub fn new(client: Client, peer: Peer, now: Nanos) -> io::Result<Connection> {
         client.set_nonblocking(true)?;
         // Where that is refused, the kernel's own limit holds.
-        let _ = setsockopt(&client, SndBuf, &SOCKET_BUFFER);
+        let _ = setsockopt(&*client, SndBuf, &SOCKET_BUFFER);
         Ok(Connection {
             peer,
             meter: Meter::default(),
@@ -119,7 +120,7 @@ impl Connection {
 
     /// The peer's socket, and the pair's.
     pub fn sockets(&self) -> [Option<impl AsFd + '_>; 2] {
-        [Some(&self.client), self.grpc.as_ref().map(|g| &g.pair)]
+        [Some(&*self.client), self.grpc.as_ref().map(|g| &g.pair)]
     }
 
     /// What is told of it when places are few.
@@ -220,7 +221,9 @@ impl Connection {
             let looked = self.up.take(&scratch[..n], to, now, &mut |h| meter.client(h, books));
             let there = matches!(seen, Ok(Filled::There(..)));
             if there && !Pipe::take_out(&self.client, &mut scratch[..n]) {
-                return Err(End::Shut(Excess::Protocol("urgent bytes")));
+                return Err(End::Shut(Excess::Protocol(
+                    "urgent bytes, or open files that are passed",
+                )));
             }
             if let Some(need) = self.later(looked.map_err(End::Shut)?) {
                 return Ok(need);
@@ -301,7 +304,7 @@ impl Connection {
             };
             left = left.saturating_sub(n);
             let meter = &mut self.meter;
-            let (now, to) = (books.now, Some(&self.client));
+            let (now, to) = (books.now, Some(&*self.client));
             let mut look = |h: &super::frames::Header| {
                 meter.server(h, books);
                 Ok(Pass::Go)

@@ -20,6 +20,7 @@
 //! a call is the services' to say.
 
 pub mod bucket;
+pub mod client;
 pub mod connection;
 pub mod frames;
 pub mod gate;
@@ -44,6 +45,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::peers::{Class, Peer, Peers};
 use crate::events::event;
 use crate::worker::{self, Worker};
+use client::{Client, Closer};
 use frames::{goaway, EMPTY_SETTINGS};
 use group::Group;
 use limits::{Excess, Limits};
@@ -53,7 +55,7 @@ use reactor::Reactor;
 const ARRIVALS: usize = 256;
 
 /// A connection that was accepted, and whose it is.
-pub type Arrival = (UnixStream, Peer);
+pub type Arrival = (Client, Peer);
 
 /// Where connections go: gRPC, and in tests another.
 pub trait Far: Send {
@@ -99,6 +101,7 @@ pub struct Relay {
     shared: Arc<Shared>,
     /// Of claimers and of strangers: neither takes the other's places.
     arrivals: [Sender<Arrival>; 2],
+    closer: Closer,
     thread: Worker<()>,
 }
 
@@ -136,13 +139,15 @@ impl Relay {
         let both = [a.1, b.1];
         let reactor = Reactor::new(Arc::clone(&shared), both, groups, peers.clone(), far);
         let reactor = reactor.map_err(failed)?;
+        let closer = Closer::start()?;
         let thread = Worker::spawn(name, move || reactor.run())?;
-        Ok(Relay { shared, arrivals: [a.0, b.0], thread })
+        Ok(Relay { shared, arrivals: [a.0, b.0], closer, thread })
     }
 
     /// What the accepting thread needs.
     pub fn door(&self) -> Door {
-        Door { shared: Arc::clone(&self.shared), arrivals: self.arrivals.clone() }
+        let (shared, closer) = (Arc::clone(&self.shared), self.closer.clone());
+        Door { shared, arrivals: self.arrivals.clone(), closer }
     }
 
     /// Lets no connection in from now on.
@@ -165,28 +170,34 @@ impl Relay {
 pub struct Door {
     shared: Arc<Shared>,
     arrivals: [Sender<Arrival>; 2],
+    closer: Closer,
 }
 
 impl Door {
+    /// A connection that was accepted, of a peer that is to be handed in or turned away.
+    pub fn client(&self, stream: UnixStream) -> Client {
+        Client::new(stream, &self.closer)
+    }
+
     /// Hands one in, or turns it away.
-    pub fn hand_in(&self, stream: UnixStream, peer: Peer) {
+    pub fn hand_in(&self, client: Client, peer: Peer) {
         let at = usize::from(peer.class == Class::Stranger);
-        match self.arrivals[at].try_send((stream, peer)) {
+        match self.arrivals[at].try_send((client, peer)) {
             Ok(()) => drop(self.shared.waker.write(1)),
             Err(back) => {
-                let (stream, peer) = back.into_inner();
-                turn_away(&stream, &peer, &Excess::Busy { what: "time for more connections" });
+                let (client, peer) = back.into_inner();
+                turn_away(&client, &peer, &Excess::Busy { what: "time for more connections" });
             }
         }
     }
 }
 
 /// Tells a peer why it is not let in, if its socket takes that at once, and the log.
-pub fn turn_away(stream: &UnixStream, peer: &Peer, why: &Excess) {
+pub fn turn_away(client: &Client, peer: &Peer, why: &Excess) {
     let told = why.told(peer.class);
     let words = [&EMPTY_SETTINGS[..], &goaway(0, why.code(), &told)].concat();
     // It is told more than it has asked: what it does not take is lost.
-    let _ = stream.set_nonblocking(true).and_then(|()| (&mut &*stream).write(&words));
+    let _ = client.set_nonblocking(true).and_then(|()| (&mut &**client).write(&words));
     if *why != Excess::Ending {
         let Peer { pid, uid, class, .. } = peer;
         event!(

@@ -6,13 +6,13 @@
 //! that was put off.
 
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
-use nix::sys::socket::{recv, MsgFlags};
+use nix::sys::socket::MsgFlags;
 
 use super::bucket::Nanos;
+use super::client::Source;
 use super::frames::{FrameReader, Header};
 use super::limits::Excess;
 use super::meter::Pass;
@@ -110,7 +110,7 @@ impl Pipe {
     ///
     /// # Errors
     /// As recv(2), but for its having nothing yet.
-    pub fn look_in(from: &UnixStream, scratch: &mut [u8]) -> io::Result<Filled> {
+    pub fn look_in(from: &impl Source, scratch: &mut [u8]) -> io::Result<Filled> {
         match Pipe::receive(from, scratch, MsgFlags::MSG_PEEK)? {
             Filled::Some(n, more) => Ok(Filled::There(n, more)),
             // Urgent bytes (MSG_OOB) are not looked at, only read over: left there, they would
@@ -121,9 +121,9 @@ impl Pipe {
     }
 
     /// Takes out what was copied; whether as much was there to be taken. A peer can make the
-    /// two differ by urgent bytes (MSG_OOB), and by nothing else.
+    /// two differ by urgent bytes (MSG_OOB) and by passing files, and by nothing else.
     #[must_use]
-    pub fn take_out(from: &UnixStream, scratch: &mut [u8]) -> bool {
+    pub fn take_out(from: &impl Source, scratch: &mut [u8]) -> bool {
         let mut at = 0;
         while at < scratch.len() {
             match Pipe::receive(from, &mut scratch[at..], MsgFlags::empty()) {
@@ -138,13 +138,13 @@ impl Pipe {
     ///
     /// # Errors
     /// As recv(2), but for its having nothing yet.
-    pub fn fill(from: &UnixStream, scratch: &mut [u8]) -> io::Result<Filled> {
+    pub fn fill(from: &impl Source, scratch: &mut [u8]) -> io::Result<Filled> {
         Pipe::receive(from, scratch, MsgFlags::empty())
     }
 
-    fn receive(from: &UnixStream, scratch: &mut [u8], how: MsgFlags) -> io::Result<Filled> {
+    fn receive(from: &impl Source, scratch: &mut [u8], how: MsgFlags) -> io::Result<Filled> {
         loop {
-            return match recv(from.as_raw_fd(), scratch, how | MsgFlags::MSG_DONTWAIT) {
+            return match from.receive(scratch, how) {
                 Ok(0) => Ok(Filled::End),
                 Ok(n) => Ok(Filled::Some(n, n == scratch.len())),
                 Err(Errno::EAGAIN) => Ok(Filled::Nothing),

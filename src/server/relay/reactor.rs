@@ -7,7 +7,6 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use crossbeam_channel::Receiver;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::bucket::{Nanos, SECOND};
+use super::client::Client;
 use super::connection::{Connection, End, Grpc, Need};
 use super::group::{Group, NotYet};
 use super::limits::{nanos, Excess};
@@ -69,7 +69,7 @@ pub struct Reactor {
     connections: HashMap<u64, Connection>,
     drains: HashMap<u64, Drain>,
     /// Connections that were told why they are not let in, and when they end.
-    turned_away: VecDeque<(UnixStream, Nanos)>,
+    turned_away: VecDeque<(Client, Nanos)>,
     next_serial: u64,
     scratch: Box<[u8; MAX_HELD]>,
     start: Instant,
@@ -300,9 +300,9 @@ impl Reactor {
         }
     }
 
-    fn newcomer(&mut self, (stream, peer): Arrival, now: Nanos) {
+    fn newcomer(&mut self, (client, peer): Arrival, now: Nanos) {
         if !matches!(self.shared.stage(), Stage::Open) {
-            return super::turn_away(&stream, &peer, &Excess::Ending);
+            return super::turn_away(&client, &peer, &Excess::Ending);
         }
         let at = group_of(peer.class);
         let (own, all) = self.groups[at].has(peer.uid);
@@ -318,11 +318,11 @@ impl Reactor {
                 self.give_way(serial, why, now);
             }
             Room::None(why) => {
-                super::turn_away(&stream, &peer, &why);
-                return self.linger(stream, now);
+                super::turn_away(&client, &peer, &why);
+                return self.linger(client, now);
             }
         }
-        let connection = match Connection::new(stream, peer, now) {
+        let connection = match Connection::new(client, peer, now) {
             Ok(connection) => connection,
             Err(e) => return log::debug!("take the connection of pid {}: {e}", peer.pid),
         };
@@ -336,12 +336,12 @@ impl Reactor {
 
     /// Keeps a connection open that was told why it is not let in, for a moment: gRPC's clients
     /// pass that on only to calls that they begin before the end.
-    fn linger(&mut self, stream: UnixStream, now: Nanos) {
+    fn linger(&mut self, client: Client, now: Nanos) {
         if self.turned_away.len() >= LINGERING {
             self.turned_away.pop_front();
         }
         let until = now + LINGER;
-        self.turned_away.push_back((stream, until));
+        self.turned_away.push_back((client, until));
         self.next_look = self.next_look.min(until);
     }
 

@@ -64,7 +64,7 @@ impl Bench {
         let (near, far) = UnixStream::pair().unwrap();
         near.set_read_timeout(Some(SOON)).unwrap();
         near.set_write_timeout(Some(SOON)).unwrap();
-        self.door.hand_in(far, Peer { pid: 1, start_time: 1, uid: 7, class });
+        self.door.hand_in(self.door.client(far), Peer { pid: 1, start_time: 1, uid: 7, class });
         near
     }
 

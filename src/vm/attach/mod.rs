@@ -116,7 +116,15 @@ impl Vm {
         let served = self.ledger.serve(self.dir.path(), record);
         served.map_err(|e| failed(format!("note who carries it: {e}")))?;
         let link = Link::Stream(qemus.as_fd());
-        self.plug(&what, |qmp| devices::add_nic(qmp, &link, nic.mac()))
+        let name = self.plug(&what, |qmp| devices::add_nic(qmp, &link, nic.mac()))?;
+        let carrier = self.attendants.iter_mut().find(|a| a.record() == record);
+        match carrier.filter(|carrier| !carrier.alive()) {
+            Some(dead) => {
+                let why = format!("what carries it ended at once, {}", dead.last_words());
+                Err(failed(why))
+            }
+            None => Ok(name),
+        }
     }
 
     fn plug<T>(

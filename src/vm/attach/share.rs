@@ -5,11 +5,8 @@
 //!
 //! Invariants: a virtiofsd is an attendant of the VM, confined by itself to that
 //! directory (its namespaces and system call filter), and goes with the VM, as the
-//! mount does; the mount is read-only, since QEMU writes as itself what a guest asks
-//! for.
-//!
-//! Does not: keep the guest from writing through virtio-fs: who mounts it in the
-//! guest does.
+//! mount does; the directory is read-only, without device files, for who serves it, whatever
+//! the guest asks for; who may make no such mount shares nothing.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -29,10 +26,11 @@ use nix::sys::stat::Mode;
 
 use super::super::Vm;
 use super::Error;
+use crate::confine::mounts::covering;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
 use crate::sys::cage::Cage;
-use crate::sys::mount::{attach, read_only};
+use crate::sys::mount::{attach, read_only, Denies};
 use crate::worker::Worker;
 
 /// Pause between looks for its socket.
@@ -54,6 +52,7 @@ pub fn virtiofsd(
     directory: &Path,
     cache: &str,
     leased: bool,
+    mounts: Option<OwnedFd>,
 ) -> Result<Attendant, String> {
     let listener =
         UnixListener::bind(socket).map_err(|e| format!("listen on {}: {e}", socket.display()))?;
@@ -66,7 +65,8 @@ pub fn virtiofsd(
         "-o".into(),
         format!("cache={cache}").into(),
     ];
-    Attendant::start(Role::Virtiofsd, program, &args, &[listener.as_fd()], leased, Cage::default())
+    let cage = Cage { mounts, ..Cage::default() };
+    Attendant::start(Role::Virtiofsd, program, &args, &[listener.as_fd()], leased, cage)
         .map_err(|e| crate::report::chain(&e))
 }
 
@@ -90,8 +90,9 @@ pub fn listening(attendant: &mut Attendant, socket: &Path, within: Duration) -> 
 }
 
 impl Vm {
-    /// Lets the guest see a directory, under [`TAG`]; `leased`, its server ends with
-    /// the calling thread.
+    /// Lets the guest see a directory, under [`TAG`], read-only and without what is mounted in
+    /// it; `leased`, its server ends with the calling thread. False where this process may make
+    /// no mount for that.
     ///
     /// # Errors
     /// [`Error::Share`] and [`Error::Device`]; the VM must then be destroyed.
@@ -101,17 +102,27 @@ impl Vm {
         daemon: &Path,
         cache: &str,
         leased: bool,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let failed = |why: String| Error::Share { path: directory.to_path_buf(), why };
         let socket: PathBuf = self.dir.path().join("root.sock");
         let real = directory.canonicalize().map_err(|e| failed(e.to_string()))?;
-        let server = virtiofsd(daemon, &socket, &real, cache, leased).map_err(failed)?;
+        let denies =
+            Denies { writes: true, devices: true, set_ids: true, programs: true, whole: false };
+        let seen = match covering(&real, denies) {
+            Ok(seen) => seen,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
+                return Ok(false)
+            }
+            Err(e) => return Err(failed(format!("mount it for virtiofsd: {e}"))),
+        };
+        let server = virtiofsd(daemon, &socket, &real, cache, leased, Some(seen));
+        let server = server.map_err(failed)?;
         let record = server.record();
         self.attendants.push(server);
         self.ledger.serve(self.dir.path(), record).map_err(|e| failed(e.to_string()))?;
         let what = || format!("directory {}", directory.display());
         let connected = UnixStream::connect(&socket).map_err(|e| failed(e.to_string()))?;
-        self.plug(&what, |qmp| devices::add_share(qmp, connected.as_fd(), TAG)).map(|_| ())
+        self.plug(&what, |qmp| devices::add_share(qmp, connected.as_fd(), TAG)).map(|_| true)
     }
 
     /// Lets the guest see a directory in the one that it has by 9p, read-only and

@@ -93,7 +93,7 @@ fn qemu_args(fd: i32) -> Vec<OsString> {
 fn passt_args(fd: i32) -> Vec<OsString> {
     let (address, prefix, gateway, resolver) = ADDRESSES;
     words(&format!(
-        "--fd {fd} --foreground --one-off --quiet --ipv4-only --no-map-gw --no-dhcp \
+        "--fd {fd} --foreground --quiet --ipv4-only --no-map-gw --no-dhcp \
          --address {address} --netmask {prefix} --gateway {gateway} --dns-forward {resolver}"
     ))
 }

@@ -100,7 +100,7 @@ pub fn before_qemu(
             given => given,
         };
         let program = PathBuf::from(config.text(QEMU, "virtio_fs_daemon"));
-        out.push(virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased)?);
+        out.push(virtiofsd(&program, &socket, &dir.join(SHARED), cache, leased, None)?);
     }
     Ok(out)
 }

@@ -82,6 +82,7 @@ pub(super) fn adopt(
         attendants: proxy.iter().map(Attendant::record).collect(),
         shape: String::new(),
         build: String::new(),
+        by: None,
     };
     let attendants = proxy.into_iter().collect();
     let vm = Vm { process, attendants, dir: vm_dir, ledger, agent, paused: true };
@@ -115,7 +116,7 @@ fn proxy(message: &GrpcVM, agent: &Address) -> Result<Option<Attendant>, String>
         _ => return Err(format!("{} is no pid of a proxy", message.proxyPid)),
     };
     let gone = || format!("pid {pid} is not its proxy");
-    let record = |start_time| Record { role: Role::Proxy, pid, start_time };
+    let record = |start_time| Record { role: Role::Proxy, pid, start_time, uid: None };
     let found = start_time(pid).and_then(|s| Attendant::adopt(&record(s))).ok_or_else(gone)?;
     if !found.is_named(&agent.to_string()) {
         found.let_go();

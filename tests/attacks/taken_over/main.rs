@@ -161,15 +161,21 @@ fn processes(orders: &Value, tell: &mut Tell<'_>) {
         sys!(libc::SYS_fcntl, ends[0], libc::F_SETOWN, victim)
     };
     tell("set-owner", owner().map(drop));
-    tell("fiosetown", {
-        let who = victim as i32;
-        let is_socket = |fd: &i32| {
-            let link = fs::read_link(format!("/proc/self/fd/{fd}"));
-            link.is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
-        };
-        let any = (3..64).find(is_socket).unwrap_or(-1);
-        sys!(libc::SYS_ioctl, any, 0x8901, &raw const who).map(drop)
-    });
+    let is_socket = |fd: &i32| {
+        let link = fs::read_link(format!("/proc/self/fd/{fd}"));
+        link.is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
+    };
+    let socket = (3..64).find(is_socket).unwrap_or(-1);
+    let who = victim as i32;
+    tell("fiosetown", sys!(libc::SYS_ioctl, socket, 0x8901, &raw const who).map(drop));
+    // SIOCGIFCONF: how much there is to say of the interfaces of the host's network.
+    let mut interfaces = [0_u64; 2];
+    let interfaces = interfaces.as_mut_ptr();
+    tell("interfaces", sys!(libc::SYS_ioctl, socket, 0x8912, interfaces).map(drop));
+    tell("fork", ended(sys!(libc::SYS_fork)));
+    tell("process", child(0));
+    // Its server's child, as it then is.
+    tell("sibling", child(libc::CLONE_PARENT));
     let seize = libc::PTRACE_SEIZE as i64;
     let seized = sys!(libc::SYS_ptrace, seize, victim, 0, 0);
     let _ = sys!(libc::SYS_ptrace, libc::PTRACE_DETACH as i64, victim, 0, 0);
@@ -225,6 +231,14 @@ fn files(orders: &Value, tell: &mut Tell<'_>) {
     let made = sys!(libc::SYS_mknodat, here, device.as_ptr(), mode, libc::makedev(1, 5));
     tell("device", made.and_then(|_| open(&device, libc::O_RDWR).map(|()| 0)).map(drop));
     let _ = sys!(libc::SYS_unlinkat, here, device.as_ptr(), 0);
+    if let Some(device) = orders["host-device"].as_str() {
+        let device = CString::new(device).unwrap();
+        let d = device.as_ptr();
+        tell("chmod-device", sys!(libc::SYS_fchmodat, here, d, 0o667).map(drop));
+        tell("chown-device", sys!(libc::SYS_fchownat, here, d, 7, 7, 0).map(drop));
+        let _ = sys!(libc::SYS_fchownat, here, d, 0, 0, 0);
+        let _ = sys!(libc::SYS_fchmodat, here, d, 0o666);
+    }
     tell("inotify", {
         let fd = sys!(libc::SYS_inotify_init1, 0);
         fd.and_then(|fd| sys!(libc::SYS_inotify_add_watch, fd, w, 2)).map(drop)
@@ -318,6 +332,12 @@ fn kernel(orders: &Value, tell: &mut Tell<'_>) {
     });
     // getpid by x32's number.
     tell("x32", sys!(0x4000_0000 + 39).map(drop));
+    tell("mounts", {
+        // mnt_id_req: its size, the root of this namespace, from the first on.
+        let request = [24_u64, u64::MAX, 0];
+        let mut ids = [0_u64; 16];
+        sys!(458, request.as_ptr(), ids.as_mut_ptr(), 16, 0).map(drop)
+    });
     tell(
         "newer",
         match sys!(463, libc::AT_FDCWD, c"/".as_ptr(), 0, c"user.x".as_ptr(), 0, 0) {
@@ -344,11 +364,15 @@ fn kernel(orders: &Value, tell: &mut Tell<'_>) {
     );
 }
 
-/// A child in namespaces of its own.
+/// A child, in namespaces of its own or another's child.
 fn child(flags: i32) -> Result<(), Errno> {
-    let pid = sys!(libc::SYS_clone, flags | 17, 0, 0, 0, 0)?;
-    if pid == 0 {
-        std::process::exit(0);
+    ended(sys!(libc::SYS_clone, flags | 17, 0, 0, 0, 0))
+}
+
+/// The child ends here.
+fn ended(pid: Result<i64, Errno>) -> Result<(), Errno> {
+    match pid? {
+        0 => std::process::exit(0),
+        _ => Ok(()),
     }
-    Ok(())
 }

@@ -15,7 +15,7 @@ use crate::process::attendant::Role;
 use crate::process::reap;
 use crate::sys::process::{pidfd_alive, pidfd_kill, pidfd_open, pidfd_wait, start_time};
 use crate::vm::ledger::{Ledger, Owner, State};
-use crate::vm::Vm;
+use crate::vm::{notes, Vm};
 
 /// How long a killed attendant may take to be gone.
 const DYING: Duration = Duration::from_millis(200);
@@ -66,7 +66,8 @@ impl Driver {
         let seen = Seen::of(&vm, State::Handed, Instant::now());
         self.pool.board.facts().vms.insert(vm.pid(), seen);
         let owner = vm.ledger().owner;
-        let share = owner.map(|o| self.pool.quotas.inherit(o.uid, vm.memory_mib()));
+        let memory_mib = notes::claimed_memory(vm.dir()).unwrap_or(0).max(vm.memory_mib());
+        let share = owner.map(|o| self.pool.quotas.inherit(o.uid, memory_mib));
         self.follow(vm, owner, share);
     }
 
