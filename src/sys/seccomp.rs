@@ -206,8 +206,8 @@ calls! {
     "fchownat" libc::SYS_fchownat;
     "fcntl" libc::SYS_fcntl;
     "finit_module" libc::SYS_finit_module;
-    "fremovexattr" libc::SYS_fremovexattr;
     #[cfg(target_arch = "x86_64")] "fork" libc::SYS_fork;
+    "fremovexattr" libc::SYS_fremovexattr;
     "fsconfig" libc::SYS_fsconfig;
     "fsetxattr" libc::SYS_fsetxattr;
     "fsmount" libc::SYS_fsmount;

@@ -186,7 +186,10 @@ fn processes(orders: &Value, tell: &mut Tell<'_>) {
         libc::iovec { iov_base: number(orders, "address") as *mut _, iov_len: 1 },
     );
     let (local, remote) = (&raw const local, &raw const remote);
-    tell("vm-read", sys!(libc::SYS_process_vm_readv, victim, local, 1, remote, 1, 0).map(drop));
+    // Words, all of whose bits the call has: it looks at all of them.
+    let (one, none) = (1_usize, 0_usize);
+    let read = sys!(libc::SYS_process_vm_readv, victim, local, one, remote, one, none);
+    tell("vm-read", read.map(drop));
     let memory = CString::new(format!("/proc/{victim}/mem")).unwrap();
     tell("mem", open(&memory, libc::O_RDWR));
     let environ = CString::new(format!("/proc/{victim}/environ")).unwrap();
