@@ -3,7 +3,7 @@
 //! A kind is an event's name, or the beginning of a text that is none's, and what the peer may
 //! do who brought it about: strangers' refusals take no line from anybody else's. Invariants:
 //! each line is said or counted, and what was counted is said when its second is over, or with
-//! the next of its kind; nothing wakes for it where nothing was counted; at most [`MAX_KINDS`]
+//! the next of its kind; nothing wakes for it where nothing was counted; at most `MAX_KINDS`
 //! kinds are kept apart.
 
 use std::collections::HashMap;

@@ -4,7 +4,7 @@
 //! before the fork; [`Filter::install`] makes system calls only, and is for the child.
 //!
 //! Invariants: a call by another ABI of the processor (32 bit, x32) ends the process or is
-//! refused; calls that are newer than [`NEWEST`] are refused as if the kernel lacked them,
+//! refused; calls that are newer than `NEWEST` are refused as if the kernel lacked them,
 //! so that no list is out of date on a newer kernel.
 //!
 //! Does not: decide what is refused; look into memory (a call's structures are not filtered).

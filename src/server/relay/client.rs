@@ -3,7 +3,7 @@
 //! that lingers, a file of a file system of its own.
 //!
 //! Invariants: where Linux has it (6.16), none can be passed ([`refuse_files`]). Elsewhere no
-//! thread but `vmc-close` closes one, as long as no more than [`WAITING`] wait for it: bytes are
+//! thread but `vmc-close` closes one, as long as no more than `WAITING` wait for it: bytes are
 //! read with room for all files that may come, and a socket is closed after it was read out,
 //! when nothing more can be sent to it. Sockets of root and of the server's own user are not
 //! looked at: they go to gRPC as they are.

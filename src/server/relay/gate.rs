@@ -1,6 +1,6 @@
 //! How often a user may connect: asked at accept, before anything else is done for a peer.
 //!
-//! Invariant: at most [`MOST`] users are remembered; when there are more, those that have not
+//! Invariant: at most `MOST` users are remembered; when there are more, those that have not
 //! connected lately are forgotten first.
 
 use std::collections::HashMap;

@@ -1,7 +1,7 @@
 //! All that the relay keeps of one class of peers: their limits, what each user and all of them
 //! have, and the numbers of their connections.
 //!
-//! Invariant: of at most [`MOST_USERS`] users something is remembered, unless more have
+//! Invariant: of at most `MOST_USERS` users something is remembered, unless more have
 //! connections.
 
 use std::collections::HashMap;
