@@ -110,10 +110,10 @@ impl Vm {
             Denies { writes: true, devices: true, set_ids: true, programs: true, whole: false };
         let seen = match covering(&real, denies) {
             Ok(seen) => seen,
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
-                return Ok(false)
-            }
-            Err(e) => return Err(failed(format!("mount it for virtiofsd: {e}"))),
+            Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
+                Errno::EPERM | Errno::ENOSYS => return Ok(false),
+                _ => return Err(failed(format!("mount it for virtiofsd: {e}"))),
+            },
         };
         let server = virtiofsd(daemon, &socket, &real, cache, leased, Some(seen));
         let server = server.map_err(failed)?;
