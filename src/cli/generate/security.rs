@@ -127,7 +127,7 @@ const ATTACKERS: [Attacker; 5] = [
 ];
 
 /// What is no part of the promise.
-const LIMITS: [(&str, &str); 6] = [
+const LIMITS: [(&str, &str); 7] = [
     (
         "TCG",
         "QEMU's policy gives guests that are translated (accel = \"tcg\") no isolation: flaws in \
@@ -139,6 +139,12 @@ const LIMITS: [(&str, &str); 6] = [
         "shared_fs = \"virtio-9p\" is for guests that are trusted: QEMU is root, and gives files \
          of the shared directory the owners and modes that the guest's root asks for. It makes no \
          device files, and sees no other directory of the host.",
+    ),
+    (
+        "virtio-fs",
+        "shared_fs = \"virtio-fs\" has a virtiofsd as root, which confines itself. A directory of \
+         run --rootfs is read-only for it; a VM's own shared directory is a small file system in \
+         memory, without devices and programs. It goes to nobody but root.",
     ),
     (
         "The host's kernel",
@@ -197,7 +203,10 @@ pub fn page() -> String {
             page.control("IP", ["\\(bu", "2"]);
             page.text([roman(*wall)]);
         }
+        // Names cannot be broken into lines of one length.
+        page.control("ad", ["l"]);
         paragraph(&mut page, [bold("Shown by "), roman(attacker.tests.join(", "))]);
+        page.control("ad", ["b"]);
     }
     section(&mut page, "LIMITS");
     for (what, why) in LIMITS {
