@@ -132,10 +132,7 @@ pub fn ps(common: &Common, o: &Ps) -> Outcome {
         })?;
         print::json(&json!(pids))?;
     } else {
-        let rows = String::from_utf8_lossy(&bytes);
-        for row in rows.trim_end().split('\n') {
-            print::line(row)?;
-        }
+        print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
     }
     Ok(0)
 }

@@ -89,7 +89,7 @@ pub fn usage(text: impl AsRef<str>) {
     // Its own lines help to read it; those of what it quotes are not its own.
     for word in std::env::args_os().skip(1) {
         let word = word.to_string_lossy();
-        if word.contains(['\n', '\r']) {
+        if word.contains(['\n', '\r']) && !word.trim().is_empty() {
             text = text.replace(&*word, &escape::line(&word));
         }
     }

@@ -25,7 +25,7 @@ use nix::sched::{unshare, CloneFlags};
 use nix::sys::stat::Mode;
 use nix::unistd::pivot_root;
 
-use crate::sys::mount::{attach, tree, Denies};
+use crate::sys::mount::{attach, put, tree, Denies};
 use crate::worker::Worker;
 
 /// Until it is made.
@@ -63,14 +63,9 @@ pub fn namespace(view: View, dir: &Path) -> io::Result<OwnedFd> {
 pub fn covering(directory: &Path, denies: Denies) -> io::Result<OwnedFd> {
     let directory = directory.to_path_buf();
     let thread = Worker::spawn("vmc-mounts", move || -> io::Result<OwnedFd> {
-        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)?;
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)?;
-        let seen = tree(&directory, denies)?;
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let spot = open(&directory, flags, Mode::empty())?;
-        attach(seen.as_fd(), spot.as_fd())?;
-        Ok(File::open("/proc/thread-self/ns/mnt")?.into())
+        separate()?;
+        put(tree(&directory, denies)?.as_fd(), &directory)?;
+        this_threads()
     });
     thread.and_then(|t| t.join(MAKING)).map_err(|e| io::Error::other(e.to_string()))?
 }
@@ -81,11 +76,8 @@ fn during(what: &str) -> impl Fn(io::Error) -> io::Error + '_ {
 
 /// By a thread of its own, which lives in it and then ends.
 fn make(view: &View, dir: &Path) -> io::Result<OwnedFd> {
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)
-        .map_err(|e| during("leave the host's mounts")(e.into()))?;
+    separate().map_err(during("separate mounts from the host's"))?;
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)
-        .map_err(|e| during("separate mounts from the host's")(e.into()))?;
     let plan = Plan::of(view, dir)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     // Any directory will do to stand on: this is the VM's, whose contents are in the plan.
@@ -108,6 +100,18 @@ fn make(view: &View, dir: &Path) -> io::Result<OwnedFd> {
     std::env::set_current_dir(dir)?;
     pivot_root(".", ".").map_err(|e| during("change the root directory")(e.into()))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(|e| during("leave the host's files")(e.into()))?;
+    this_threads()
+}
+
+/// Gives this thread mounts of its own, of which the host sees nothing.
+fn separate() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)?;
+    let none = None::<&str>;
+    Ok(mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)?)
+}
+
+/// The mount namespace of this thread.
+fn this_threads() -> io::Result<OwnedFd> {
     Ok(File::open("/proc/thread-self/ns/mnt")?.into())
 }
 

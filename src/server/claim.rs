@@ -23,7 +23,7 @@ use crate::factory::cache::pool::{Delivered, Event, Pool, Ready};
 use crate::factory::cache::quota::Share;
 use crate::proto::cache::GrpcVM;
 use crate::vm::ledger::Owner;
-use crate::vm::resize::BLOCK_MIB;
+use crate::vm::resize::grown;
 
 /// A claim: who asks, and where the answer goes. The one must outlive the other:
 /// dropped, a stream of requests cancels its call.
@@ -172,10 +172,7 @@ impl Asker {
     /// The same as one who may have one more VM.
     fn within(&self, pool: &Pool) -> Result<Claimer, String> {
         let Asker { owner, label, memory_mib, base_mib } = self;
-        // As it grows: in the guest's pieces.
-        let more = memory_mib.saturating_sub(*base_mib).div_ceil(BLOCK_MIB);
-        let all = base_mib.saturating_add(more.saturating_mul(BLOCK_MIB));
-        let share = pool.quotas.claim(owner.uid, all)?;
+        let share = pool.quotas.claim(owner.uid, grown(*base_mib, *memory_mib))?;
         Ok(Claimer { owner: *owner, label: label.clone(), memory_mib: *memory_mib, share })
     }
 }

@@ -2,9 +2,12 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use nix::fcntl::{open, OFlag};
+use nix::sys::stat::Mode;
 
 /// What a mount does not allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +81,16 @@ pub fn tree(path: &Path, denies: Denies) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(tree)
+}
+
+/// Puts it on a directory, which is no link: whatever becomes of that name, it leads nowhere else.
+///
+/// # Errors
+/// As open(2) and [`attach`].
+pub fn put(tree: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let spot = open(place, flags, Mode::empty())?;
+    attach(tree, spot.as_fd())
 }
 
 /// Puts it on a file or directory.

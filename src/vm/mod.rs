@@ -308,8 +308,7 @@ impl Vm {
     /// As lchown(2) and setxattr(2), and when its cgroup refuses; it must then be destroyed.
     pub fn hand_to(&self, uid: u32, memory_mib: u32) -> std::io::Result<()> {
         if memory_mib > self.memory_mib() {
-            // The guest's kernel takes memory in pieces.
-            let most = memory_mib.saturating_add(resize::BLOCK_MIB);
+            let most = resize::grown(self.memory_mib(), memory_mib);
             notes::claimed(self.dir(), most)?;
             cgroup::limit_memory(self.dir(), Some(most))?;
         }

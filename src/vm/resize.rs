@@ -19,7 +19,13 @@ use crate::hypervisor::qemu::hotplug;
 use crate::hypervisor::qemu::qmp::{Qmp, QUICK};
 
 /// Size of a memory block where the agent does not tell: x86's and arm64's.
-pub const BLOCK_MIB: u32 = 128;
+const BLOCK_MIB: u32 = 128;
+
+/// Memory of a VM of `have` MiB that has grown to at least `wanted`, which it does in pieces.
+pub fn grown(have: u32, wanted: u32) -> u32 {
+    let pieces = wanted.saturating_sub(have).div_ceil(BLOCK_MIB);
+    have.saturating_add(pieces.saturating_mul(BLOCK_MIB))
+}
 
 /// Why a base VM can not have the size asked for.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,7 +90,7 @@ pub fn check(base: &VmConfig, cpus: Option<u32>, memory: Option<u32>) -> Result<
         let option = "set memory_slots to 1 or more and restart the server";
         return Err(Unfit::Most { unit, wanted, most: have.into(), option });
     }
-    let more = u64::from(wanted - have).next_multiple_of(BLOCK_MIB.into());
+    let more = u64::from(grown(have, wanted) - have);
     if most > 0 && u64::from(have) + more > most {
         return Err(Unfit::Most { unit, wanted, most, option: "the host has no more" });
     }

@@ -177,6 +177,16 @@ fn waiting_claim(daemon: &Daemon, uid: u32) -> std::thread::JoinHandle<String> {
     claim
 }
 
+/// From here on no VM is made, and another user's claim waits: root's VM, that claim, and the
+/// memory of the daemon, KiB.
+fn emptied(daemon: &Daemon) -> (String, std::thread::JoinHandle<String>, u64) {
+    fs::write(daemon.dir.0.join("memory"), "1").unwrap();
+    let taken = daemon.ok(&["get"]).trim().to_string();
+    let claim = waiting_claim(daemon, OTHER);
+    statuses(daemon, 20, Duration::ZERO);
+    (taken, claim, rss_kib(daemon.pid()))
+}
+
 /// Waits until its memory is what it was; how long that took.
 fn back(daemon: &Daemon, idle: u64) -> (Duration, u64) {
     let since = Instant::now();
@@ -276,12 +286,7 @@ fn no_flood_of_strangers_takes_memory_or_time_from_others() {
     daemon.wait_ready(1);
     assert_eq!(daemon.ok(&["run", "--", "echo", "served"]), "served\n");
     daemon.wait_ready(1);
-    // From here on no VM is made: the next claim waits.
-    fs::write(daemon.dir.0.join("memory"), "1").unwrap();
-    let taken = daemon.ok(&["get"]).trim().to_string();
-    let claim = waiting_claim(&daemon, OTHER);
-    statuses(&daemon, 20, Duration::ZERO);
-    let idle = rss_kib(daemon.pid());
+    let (taken, claim, idle) = emptied(&daemon);
     println!("idle: {} MiB", idle / 1024);
     let mut slow = Vec::new();
     for kind in ALL {
@@ -353,11 +358,7 @@ fn a_claimer_at_all_of_its_limits_takes_no_more_than_it_may() {
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
     let daemon = daemon(&prepared, "");
     daemon.wait_ready(1);
-    fs::write(daemon.dir.0.join("memory"), "1").unwrap();
-    let taken = daemon.ok(&["get"]).trim().to_string();
-    let claim = waiting_claim(&daemon, OTHER);
-    statuses(&daemon, 20, Duration::ZERO);
-    let idle = rss_kib(daemon.pid());
+    let (taken, claim, idle) = emptied(&daemon);
     let socket = daemon.socket();
     let open = move || -> Http {
         // A thread that is the claimer from then on.

@@ -91,7 +91,13 @@ impl Drop for Client {
         // From here on whoever sends is told that nobody reads; what is there stays to be read.
         let _ = self.stream.shutdown(Shutdown::Read);
         let mut scratch = [0; READ_OUT];
-        while matches!(self.receive(&mut scratch, MsgFlags::empty()), Ok(n) if n > 0) {}
+        loop {
+            match self.receive(&mut scratch, MsgFlags::empty()) {
+                // Files of one message are closed; the next may have others.
+                Ok(1..) | Err(Errno::EBADMSG | Errno::EINTR) => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
     }
 }
 
@@ -173,8 +179,13 @@ mod tests {
         assert_eq!(client.receive(&mut scratch, MsgFlags::empty()), Err(Errno::EBADMSG));
         assert_eq!(client.receive(&mut scratch, MsgFlags::empty()), Ok(5));
         assert_eq!(client.receive(&mut scratch, MsgFlags::empty()), Err(Errno::EAGAIN));
-        // And what nobody has read when it is closed.
-        pass(&near, b"unread", &end);
+        // And what nobody has read when it is closed, message by message.
+        for _ in 0..3 {
+            pass(&near, b"unread", &end);
+        }
+        let (passed, closes) = bounded(WAITING);
+        drop(Client { stream: client.stream.try_clone().unwrap(), closer: Closer(passed) });
+        assert_eq!(closes.try_iter().count(), 3 * 200);
         drop(client);
         drop(end);
         // Closed all, their other end says so.

@@ -19,10 +19,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::after;
 use nix::errno::Errno;
-use nix::fcntl::{open, OFlag};
 use nix::mount::{umount2, MntFlags};
 use nix::sched::{setns, unshare, CloneFlags};
-use nix::sys::stat::Mode;
 
 use super::super::Vm;
 use super::Error;
@@ -30,7 +28,7 @@ use crate::confine::mounts::covering;
 use crate::hypervisor::qemu::devices;
 use crate::process::attendant::{Attendant, Role};
 use crate::sys::cage::Cage;
-use crate::sys::mount::{attach, read_only, Denies};
+use crate::sys::mount::{put, read_only, Denies};
 use crate::worker::Worker;
 
 /// Pause between looks for its socket.
@@ -161,22 +159,15 @@ impl Vm {
         let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt"));
         let pid = self.pid().to_string();
         if space(&pid)? == space("self")? {
-            return put(&tree, place);
+            return put(tree.as_fd(), place);
         }
         let (theirs, place) = (File::open(format!("/proc/{pid}/ns/mnt"))?, place.to_path_buf());
         // Among them for the time of one mount: a thread of its own, which then ends.
         let thread = Worker::spawn("vmc-mounts", move || -> io::Result<()> {
             unshare(CloneFlags::CLONE_FS)?;
             setns(theirs, CloneFlags::CLONE_NEWNS)?;
-            put(&tree, &place)
+            put(tree.as_fd(), &place)
         });
         thread.and_then(|t| t.join(MOUNTING)).map_err(io::Error::other)?
     }
-}
-
-/// By fds: whatever the guest makes of that name, nothing leads elsewhere.
-fn put(tree: &OwnedFd, place: &Path) -> io::Result<()> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let spot = open(place, flags, Mode::empty())?;
-    attach(tree.as_fd(), spot.as_fd())
 }

@@ -273,13 +273,18 @@ impl Flooder {
     fn calls(&mut self, flood: Flood) {
         let acknowledged = flood == Flood::Streams;
         let open = if acknowledged { Http::open } else { Http::begin };
-        let Some(mut http) = self.connect(open) else { return };
+        let Some(http) = self.connect(open) else { return };
         // Some stay below what is allowed, so that they stay.
         let most = if self.turn % 2 == 0 { 12 } else { u64::MAX };
+        self.ask(http, most, |id| headers(id, GET_BASE_VM));
+    }
+
+    /// Makes so many calls on a connection, which then stays.
+    fn ask(&mut self, mut http: Http, most: u64, call: impl Fn(u32) -> Vec<u8>) {
         let mut sent = 0;
         while self.goes_on() && sent < most {
             let id = http.id();
-            if !http.say(&headers(id, GET_BASE_VM)) {
+            if !http.say(&call(id)) {
                 break;
             }
             sent += 1;
@@ -389,19 +394,7 @@ impl Flooder {
         std::thread::sleep(Duration::from_millis(5));
         http.say(&frame(SETTINGS, ACK, 0, &[]));
         let most = if flood == Flood::Closed { 14 } else { u64::MAX };
-        let mut sent = 0;
-        while self.goes_on() && sent < most {
-            let id = http.id();
-            if !http.say(&call(id, STATUS)) {
-                break;
-            }
-            sent += 1;
-            self.sent(1);
-        }
-        match http.ended {
-            true => self.over(http),
-            false => self.hold(http),
-        }
+        self.ask(http, most, |id| call(id, STATUS));
     }
 
     fn bombs(&mut self) {
