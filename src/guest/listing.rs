@@ -60,8 +60,9 @@ fn row(pid: i32) -> String {
     if command.is_empty() {
         command = format!("[{}]", field("Name:"));
     }
-    // A row is one line, whatever a program calls itself.
-    let command: String = command.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    // A row is one line, whatever a program calls itself. What a terminal would take for a
+    // command is the client's to escape: it does not trust an agent to.
+    let command = command.replace('\n', "\\n");
     format!(
         "{pid:>5} {:>5} {:<4} {:>11} {command}\n",
         field("Uid:"),

@@ -13,12 +13,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+#[path = "overdue.rs"]
+mod overdue;
+
 /// A boot under TCG on a busy machine, and then some.
 pub const LONG: Duration = Duration::from_secs(120);
 
 /// Where `tests/run` put kernel and initramfs; `None` when the tests are to be
 /// skipped, loudly.
 pub fn prepared() -> Option<PathBuf> {
+    overdue::begin();
     let dir = std::env::var_os("VMCACHE_TEST_DIR").map(PathBuf::from);
     match dir.filter(|d| d.join("configuration.toml").exists()) {
         Some(dir) => Some(dir),

@@ -165,7 +165,9 @@ const LIMITS: [(&str, &str); 7] = [
     (
         "The network in user space",
         "--net user gives the guest what an ordinary program of this host reaches; by QEMU's \
-         network code, services on 127.0.0.1, too. by=passt leaves these out.",
+         network code, services on 127.0.0.1, too. by=passt leaves these out; \
+         Debian 12's (of March 2023) can lose the end of a TCP connection that both sides \
+         close in one moment.",
     ),
 ];
 
