@@ -4,6 +4,9 @@
 //! Subordinate users (/etc/subuid) have to be named: one user is as many of them as it likes, in
 //! all its groups, and would have as many times what one user may have.
 //!
+//! Who has the number of a user that VMs' QEMUs run as may claim none: a process of a VM's user
+//! is no client, and a client who is one could do with that VM what it likes.
+//!
 //! Others who may connect can look (Config, Status), and no more. Whoever has a VM has
 //! QEMU's monitor, and so can do what QEMU's user can: VMs go to others than root and
 //! the server's own user only where QEMU runs as a user of no other rights, as it does when
@@ -25,6 +28,8 @@ pub struct Admission {
     anybody: bool,
     /// Whether QEMU is another's than the server's, so that its monitor can be given away.
     given: bool,
+    /// Whose QEMUs are.
+    whose: Whose,
     users: Vec<u32>,
     groups: Vec<u32>,
     subordinates: Arc<Subordinates>,
@@ -42,9 +47,17 @@ impl Admission {
         let groups = found(config, "claim_groups", "group", group)?;
         let anybody = users.is_empty() && groups.is_empty();
         let whose = Whose::of(config).map_err(|why| ("user", why))?;
+        if let Some(uid) = users.iter().find(|uid| whose.is_vms(**uid)) {
+            let text = format!(
+                "uid {uid} is one that VMs' QEMUs run as (user = {:?}), and could end and read \
+                 theirs: leave `user` out, and a range that is nobody's is picked",
+                config.text(OURS, "user")
+            );
+            return Err(("claim_users", text));
+        }
         // A guest's root writes what it likes into a shared directory, as the host's.
         let given = whose.can_be_given() && !config.shares_virtiofs() || !Wall::Users.stands();
-        Ok(Admission { anybody, given, users, groups, subordinates: Arc::default() })
+        Ok(Admission { anybody, given, whose, users, groups, subordinates: Arc::default() })
     }
 
     /// Whether VMs are given to others than root and the server's user at all.
@@ -59,7 +72,7 @@ impl Admission {
         }
         let among = || self.anybody || groups.iter().any(|g| self.groups.contains(g));
         let alone = || !self.subordinates.have(uid) || !Wall::Quotas.stands();
-        self.given && (self.users.contains(&uid) || among() && alone())
+        self.given && !self.whose.is_vms(uid) && (self.users.contains(&uid) || among() && alone())
     }
 }
 
@@ -83,15 +96,20 @@ mod tests {
     #[test]
     fn users_and_groups_are_let_in_and_no_others() {
         let config = |text: &str| {
-            Config::parse("c".as_ref(), &format!("[vmcache]\nuser = \"5-9\"\n{text}")).unwrap()
+            Config::parse("c".as_ref(), &format!("[vmcache]\nuser = \"500-509\"\n{text}")).unwrap()
         };
         let open = Admission::of(&config("")).unwrap();
-        assert!(open.allows(65534, &[65534]));
+        assert!(open.allows(65534, &[65534]) && !open.allows(505, &[65534]));
         let some = config("claim_users = [\"daemon\", \"77\"]\nclaim_groups = [\"78\"]");
         let some = Admission::of(&some).unwrap();
-        for (uid, group, may) in
-            [(0, 0, true), (1, 9, true), (77, 9, true), (9, 78, true), (9, 9, false)]
-        {
+        for (uid, group, may) in [
+            (0, 0, true),
+            (1, 9, true),
+            (77, 9, true),
+            (9, 78, true),
+            (9, 9, false),
+            (505, 78, false),
+        ] {
             assert_eq!(some.allows(uid, &[5, group]), may, "{uid} {group}");
         }
         let path = std::env::temp_dir().join(format!("vmcache-admission-{}", std::process::id()));
@@ -106,6 +124,8 @@ mod tests {
         std::fs::remove_file(path).unwrap();
         let root = Config::parse("c".as_ref(), "[vmcache]\nuser = \"root\"\n").unwrap();
         assert!(!Admission::of(&root).unwrap().allows(9, &[]), "QEMU is root");
+        let (key, why) = Admission::of(&config("claim_users = [\"509\"]")).unwrap_err();
+        assert!(key == "claim_users" && why.contains("500-509"), "{key}: {why}");
         let (key, why) = Admission::of(&config("claim_groups = [\"no such\"]")).unwrap_err();
         assert_eq!((key, why.as_str()), ("claim_groups", "this host has no group \"no such\""));
     }

@@ -134,8 +134,10 @@ const ATTRIBUTES: [&str; 23] = [
     "rt_sigqueueinfo",
 ];
 /// Tried first by libraries, which take another way where the kernel lacks it. The first three
-/// do what is refused here by another door; the arguments of the last lie in memory.
-const OTHER_DOORS: [&str; 4] = ["io_uring_enter", "io_uring_register", "io_uring_setup", "clone3"];
+/// do what is refused here by another door; the fourth takes of what the whole host has a number
+/// of (aio-max-nr); the arguments of the last lie in memory.
+const OTHER_DOORS: [&str; 5] =
+    ["io_uring_enter", "io_uring_register", "io_uring_setup", "io_setup", "clone3"];
 
 const AF_UNIX: u32 = 1;
 const AF_INET: u32 = 2;
@@ -156,8 +158,9 @@ const NAMESPACES: [u64; 8] = [
 ];
 /// clone(2): in the same process.
 const CLONE_THREAD: u64 = 0x0001_0000;
-/// fcntl(2): F_SETOWN, F_SETSIG, F_SETOWN_EX, by which the kernel signals others for it.
-const FCNTL: [u32; 3] = [8, 10, 15];
+/// fcntl(2): F_SETOWN, F_SETSIG, F_SETOWN_EX, by which the kernel signals others for it;
+/// F_SETLEASE and F_NOTIFY, which hold up and watch who uses a file.
+const FCNTL: [u32; 5] = [8, 10, 15, 1024, 1026];
 /// ioctl(2): TIOCSTI and TIOCLINUX (a terminal's input).
 const IOCTL: [u32; 2] = [0x5412, 0x541c];
 /// And all of sockets': a socket that is passed is of the host's network, and tells of it.

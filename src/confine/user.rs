@@ -26,9 +26,10 @@ use crate::walls::Wall;
 const TRIES: u32 = 8192;
 
 /// Whose VMs' processes are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Whose {
     /// The server's, which is not root.
+    #[default]
     Server,
     /// Root's.
     Root,
@@ -81,6 +82,15 @@ impl Whose {
     /// can do what its QEMU's user can.
     pub fn can_be_given(&self) -> bool {
         matches!(self, Whose::Range(..) | Whose::One(_))
+    }
+
+    /// Whether this is a user that VMs' QEMUs run as, other than root and the server's.
+    pub fn is_vms(&self, uid: u32) -> bool {
+        match self {
+            Whose::Server | Whose::Root => false,
+            Whose::One(name) => account(name).is_ok_and(|a| a.uid == uid),
+            Whose::Range(first, last) => (*first..=*last).contains(&uid),
+        }
     }
 
     /// In a sentence.

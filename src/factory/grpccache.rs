@@ -141,7 +141,10 @@ impl GrpcCache {
                 RpcStatusCode::NOT_FOUND => {
                     Error::Gone { endpoint, text: status.message().to_string() }
                 }
-                RpcStatusCode::UNIMPLEMENTED => Error::Unsupported { endpoint, call },
+                // Kata's servers all have GetBaseVM; ours says why it serves none.
+                RpcStatusCode::UNIMPLEMENTED if call != "GetBaseVM" => {
+                    Error::Unsupported { endpoint, call }
+                }
                 RpcStatusCode::UNAVAILABLE => {
                     Error::Stopping { endpoint, text: status.message().to_string() }
                 }

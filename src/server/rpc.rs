@@ -80,6 +80,9 @@ impl Servers {
     /// # Errors
     /// As gRPC's.
     pub fn start(services: &Services<'_>, strangers: &Limits) -> Result<Servers, String> {
+        // gRPC's own messages, which strangers have it write as often as they like, go to the
+        // log, which leaves those of libraries out.
+        grpcio::redirect_log();
         let environment = EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build();
         let environment = Arc::new(environment);
         let build = |class, streams| {

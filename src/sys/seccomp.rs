@@ -217,6 +217,7 @@ calls! {
     "init_module" libc::SYS_init_module;
     #[cfg(target_arch = "x86_64")] "inotify_init" libc::SYS_inotify_init;
     "inotify_init1" libc::SYS_inotify_init1;
+    "io_setup" libc::SYS_io_setup;
     "io_uring_enter" libc::SYS_io_uring_enter;
     "io_uring_register" libc::SYS_io_uring_register;
     "io_uring_setup" libc::SYS_io_uring_setup;

@@ -211,6 +211,10 @@ fn what_was_asked_for_and_can_not_be_had_is_no_start() {
         ("apparmor_profile = \"vmcache-qemu\"".into(), "this host has no AppArmor"),
         ("user = \"root\"\nclaim_users = [\"daemon\"]".into(), "where QEMU is root"),
         ("user = \"231000-231009\"\nclaim_groups = [\"no such\"]".into(), "this host has no group"),
+        (
+            "user = \"231000-231009\"\nclaim_users = [\"231005\"]".into(),
+            "uid 231005 is one that VMs' QEMUs run as",
+        ),
         ("cgroup = \"../x\"".into(), "must be a path below"),
     ] {
         let dir = Dir::new();

@@ -305,6 +305,13 @@ fn kernel(orders: &Value, tell: &mut Tell<'_>) {
     let mut zeros = [0_u8; 256];
     let zero = zeros.as_mut_ptr();
     tell("io-uring", sys!(libc::SYS_io_uring_setup, 1, zero).map(drop));
+    let mut context = 0_u64;
+    tell("io-setup", sys!(libc::SYS_io_setup, 128, &mut context).map(drop));
+    tell("dnotify", {
+        let programs = sys!(libc::SYS_openat, -100, c"/usr/bin".as_ptr(), 0);
+        // F_NOTIFY, DN_ACCESS.
+        programs.and_then(|fd| sys!(libc::SYS_fcntl, fd, 1026, 1)).map(drop)
+    });
     tell("userfaultfd", sys!(libc::SYS_userfaultfd, 1).map(drop));
     tell("bpf", {
         // BPF_MAP_CREATE of an array: its type, sizes of key and value, entries.
