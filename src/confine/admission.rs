@@ -49,9 +49,9 @@ impl Admission {
         let whose = Whose::of(config).map_err(|why| ("user", why))?;
         if let Some(uid) = users.iter().find(|uid| whose.is_vms(**uid)) {
             let text = format!(
-                "uid {uid} is one that VMs' QEMUs run as (user = {:?}), and could end and read \
-                 theirs: leave `user` out, and a range that is nobody's is picked",
-                config.text(OURS, "user")
+                "uid {uid} is one that VMs' QEMUs run as ({}), and could end and read theirs: \
+                 set `user` to a range without it",
+                whose.described()
             );
             return Err(("claim_users", text));
         }

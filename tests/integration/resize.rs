@@ -71,8 +71,8 @@ fn a_small_vm_becomes_a_large_one_and_its_size_is_known() {
     assert_eq!((&vm["cpus"], &vm["memory_mib"]), (&4.into(), &2048.into()));
     // Memory that is there can be used: more than the VM was booted with.
     let fill = "mkdir -p /tmp/m && mount -t tmpfs -o size=1g none /tmp/m && \
-                head -c 400m /dev/zero > /tmp/m/f && wc -c < /tmp/m/f";
-    assert_eq!(d.ok(&["exec", id, "--", "sh", "-c", fill]).trim(), (400u32 << 20).to_string());
+                head -c 900m /dev/zero > /tmp/m/f && wc -c < /tmp/m/f";
+    assert_eq!(d.ok(&["exec", id, "--", "sh", "-c", fill]).trim(), (900u32 << 20).to_string());
     d.ok(&["stop", id]);
     assert_nothing_left(&d.quit().0);
 }

@@ -7,7 +7,7 @@ use crate::require_qemu;
 
 /// All of it, in seconds: two boots of a guest under a translator that is itself
 /// translated.
-const ALL: &str = "840";
+const ALL: &str = "1800";
 
 #[test]
 fn direct_vms_and_clones_are_reached_over_vsock() {

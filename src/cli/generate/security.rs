@@ -29,8 +29,8 @@ const ATTACKERS: [Attacker; 5] = [
              container has.",
             "A filter of system calls before QEMU is executed, beside QEMU's own: no connect, no \
              bind, Unix stream sockets only, signals and limits of itself only, no ptrace, \
-             process_vm, pidfd, keys, io_uring, io_setup, bpf, perf, userfaultfd, System V objects and \
-             queues, mounts, namespaces, and no file's mode, owner, times, attributes or length \
+             process_vm, pidfd, keys, io_uring, io_setup, bpf, perf, userfaultfd, System V \
+             objects and queues, mounts, namespaces, and no file's mode, owner, times, attributes or length \
              by its path.",
             "Landlock: it opens its libraries and what the configuration names.",
             "An empty network namespace; for a QEMU that is root also a mount namespace with its \
