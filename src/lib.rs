@@ -69,6 +69,7 @@
 #![warn(missing_docs)]
 
 #[allow(missing_docs)]
+pub mod ids;
 pub mod proto;
 pub mod sys;
 pub mod transport;

@@ -20,7 +20,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{chdir, chroot, sethostname};
 
 use super::failure::{Attempt, Failure, Outcome};
-use super::{cgroup, channel, network, reaper, RUN_DIR};
+use super::{cgroup, channel, memory, network, reaper, CONTAINERS};
 
 const SECOND_ROUND: &str = "VMCACHE_AGENT_ROUND";
 const NEW_ROOT: &str = "/.root";
@@ -47,7 +47,7 @@ pub fn run() -> Outcome<()> {
         eprintln!("vmcache-agent: {}", e.message);
     }
     cgroup::prepare()?;
-    fs::create_dir_all(RUN_DIR).during(|| format!("create {RUN_DIR}"))?;
+    memory::records(CONTAINERS)?;
     channel::serve()?;
     reaper::run()
 }
@@ -55,9 +55,7 @@ pub fn run() -> Outcome<()> {
 /// Copies the initramfs into a tmpfs, makes it the root, executes itself there.
 fn into_tmpfs() -> Outcome<()> {
     fs::create_dir_all(NEW_ROOT).during(|| "create the new root")?;
-    let options = "mode=0755,size=90%";
-    mount(Some("root"), NEW_ROOT, Some("tmpfs"), MsFlags::empty(), Some(options))
-        .during(|| "mount the new root")?;
+    memory::mount_at(NEW_ROOT)?;
     let entries = fs::read_dir("/").during(|| "read the initramfs")?;
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -100,7 +98,7 @@ fn move_tree(from: &Path, to: &Path) -> Outcome<()> {
 
 fn mounts() -> Outcome<()> {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let table: [(&str, &str, MsFlags, Option<&str>); 8] = [
+    let table: [(&str, &str, MsFlags, Option<&str>); 5] = [
         ("proc", "/proc", safe, None),
         ("sysfs", "/sys", safe, None),
         ("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")),
@@ -110,10 +108,7 @@ fn mounts() -> Outcome<()> {
             MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
             Some("mode=0620,ptmxmode=0666,gid=5"),
         ),
-        ("tmpfs", "/dev/shm", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777")),
-        ("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755,size=90%")),
         ("cgroup2", "/sys/fs/cgroup", safe, None),
-        ("tmpfs", "/tmp", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777")),
     ];
     for (kind, target, flags, options) in table {
         let attempt = || format!("mount {kind} on {target}");
@@ -124,6 +119,7 @@ fn mounts() -> Outcome<()> {
             other => other.during(attempt)?,
         }
     }
+    memory::directories()?;
     // Shared propagation off, so that a container's mounts stay its own.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .during(|| "make mounts private")?;

@@ -108,6 +108,11 @@ impl Cgroup {
         self.write("cgroup.freeze", if on { "1" } else { "0" })
     }
 
+    /// Whether it is frozen, or about to be.
+    pub fn frozen(&self) -> bool {
+        self.read("cgroup.freeze").trim() == "1"
+    }
+
     /// Pids in it, in the guest's namespace.
     pub fn pids(&self) -> Vec<i32> {
         self.read("cgroup.procs").lines().filter_map(|l| l.parse().ok()).collect()

@@ -5,14 +5,19 @@
 //! [`Container::remove`] leaves nothing behind when it succeeds.
 
 use std::collections::HashMap;
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::Message;
@@ -20,16 +25,20 @@ use protobuf::Message;
 use super::cgroup::Cgroup;
 use super::failure::{Attempt, Failure, Outcome};
 use super::process::{Ends, Process};
-use super::stage::{code_of, INIT};
-use super::{reaper, storage, RUN_DIR};
+use super::reaper::Child;
+use super::stage::{heard, run_pipe, INIT};
+use super::{storage, CONTAINERS};
 use crate::proto::agent::Storage;
 use crate::proto::oci::{self, Spec};
+use crate::sys::process::{parent, start_time};
 
 /// How long RemoveContainer waits for killed processes when no time is given.
 const REMOVE_WAIT: Duration = Duration::from_secs(10);
 /// Pause between looks at a cgroup that is emptying.
 const EMPTYING: Duration = Duration::from_millis(2);
 
+/// How long execve may take: the program may be on a slow disk.
+const STARTING: Duration = Duration::from_secs(50);
 /// Records of processes kept in one container; beyond it, ended ones are forgotten.
 const MAX_PROCESSES: usize = 1024;
 
@@ -39,10 +48,66 @@ pub struct Container {
     /// Its control group.
     pub cgroup: Cgroup,
     started: bool,
+    /// Where the start of its program is heard of.
+    starting: Option<File>,
     mounts: Vec<PathBuf>,
     next: u64,
     /// By exec id; the init process has the container's.
     pub processes: HashMap<String, Arc<Process>>,
+}
+
+/// A program that was let go, but may not run yet.
+pub struct Starting {
+    pipe: File,
+    process: Arc<Process>,
+    cgroup: Cgroup,
+}
+
+impl Starting {
+    /// Waits until the program runs.
+    ///
+    /// # Errors
+    /// Why it does not, as execve(2) says.
+    pub fn wait(mut self) -> Outcome<()> {
+        let deadline = Instant::now() + STARTING;
+        let mut text = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) => {
+                    let text = format!("no execve within {} s", STARTING.as_secs());
+                    return Err(Failure::internal(text));
+                }
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e).during(|| "wait for the program's start"),
+            }
+            let mut piece = [0; 4096];
+            match self.pipe.read(&mut piece) {
+                Ok(0) => break,
+                Ok(n) => text.extend_from_slice(&piece[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e).during(|| "hear of the program's start"),
+            }
+        }
+        match heard(&String::from_utf8_lossy(&text)) {
+            Some(failure) => Err(failure),
+            None => {
+                self.aim();
+                Ok(())
+            }
+        }
+    }
+
+    /// Finds the program below a small init, whose oldest child it is.
+    fn aim(&self) {
+        let init = self.process.pid;
+        let children = self.cgroup.pids().into_iter().filter(|pid| parent(*pid) == Some(init));
+        if let Some(program) = children.min_by_key(|pid| start_time(*pid)) {
+            self.process.aim_at(program);
+        }
+    }
 }
 
 /// Ids become names of directories.
@@ -60,12 +125,15 @@ impl Container {
     /// Makes a container whose init stands ready before its program.
     pub fn create(id: &str, mut spec: Spec, storages: &[Storage]) -> Outcome<Container> {
         check_id(id)?;
-        let dir = Path::new(RUN_DIR).join("containers").join(id);
-        if dir.exists() {
-            let text = format!("container {id} exists already");
-            return Err(Failure::new(ttrpc::Code::ALREADY_EXISTS, text));
+        let dir = Path::new(CONTAINERS).join(id);
+        match fs::create_dir(&dir) {
+            // Another's, which stays as it is.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let text = format!("container {id} exists already");
+                return Err(Failure::new(ttrpc::Code::ALREADY_EXISTS, text));
+            }
+            made => made.during(|| format!("create {}", dir.display()))?,
         }
-        fs::create_dir_all(&dir).during(|| format!("create {}", dir.display()))?;
         let cgroup = Cgroup::create(id).inspect_err(|_| {
             let _ = fs::remove_dir_all(&dir);
         })?;
@@ -73,6 +141,7 @@ impl Container {
             dir,
             cgroup,
             started: false,
+            starting: None,
             mounts: Vec::new(),
             next: 0,
             processes: HashMap::new(),
@@ -98,13 +167,14 @@ impl Container {
         linux.CgroupsPath = self.cgroup.path().to_string_lossy().into_owned();
         mkfifo(&self.dir.join("start"), Mode::S_IRUSR | Mode::S_IWUSR)
             .during(|| "make the start pipe")?;
-        let process = self.stage(INIT, spec)?;
+        let (process, starting) = self.stage(INIT, spec)?;
+        self.starting = Some(starting);
         self.processes.insert(id.to_string(), process);
         Ok(())
     }
 
-    /// Lets init execute its program.
-    pub fn start(&mut self, id: &str) -> Outcome<()> {
+    /// Lets init execute its program; what to wait for, without this container's lock.
+    pub fn start(&mut self, id: &str) -> Outcome<Starting> {
         if self.started {
             return Err(Failure::invalid(format!("container {id} has started already")));
         }
@@ -116,11 +186,17 @@ impl Container {
             .and_then(|mut pipe| pipe.write_all(b"!"))
             .during(|| format!("start container {id}"))?;
         self.started = true;
-        Ok(())
+        self.starting(id).ok_or_else(|| Failure::internal(format!("container {id} has no init")))
     }
 
-    /// Runs a further process in the container.
-    pub fn exec(&mut self, id: &str, exec_id: &str, process: oci::Process) -> Outcome<()> {
+    fn starting(&mut self, name: &str) -> Option<Starting> {
+        let process = Arc::clone(self.processes.get(name)?);
+        Some(Starting { pipe: self.starting.take()?, process, cgroup: self.cgroup.clone() })
+    }
+
+    /// Runs a further process in the container; what to wait for, without this
+    /// container's lock.
+    pub fn exec(&mut self, id: &str, exec_id: &str, process: oci::Process) -> Outcome<Starting> {
         check_id(exec_id)?;
         if self.processes.contains_key(exec_id) {
             let text = format!("process {exec_id} of container {id} exists already");
@@ -130,8 +206,17 @@ impl Container {
             let text = format!("container {id} is not running");
             return Err(Failure::new(ttrpc::Code::FAILED_PRECONDITION, text));
         }
+        // It would stop as it joins, and hold up whoever is to let it go on.
+        if self.cgroup.frozen() {
+            let text = format!("container {id} is paused: resume it first");
+            return Err(Failure::new(ttrpc::Code::ABORTED, text));
+        }
         if self.processes.len() >= MAX_PROCESSES {
             self.processes.retain(|name, p| name == id || p.running());
+        }
+        if self.processes.len() >= MAX_PROCESSES {
+            let text = format!("{MAX_PROCESSES} processes run in container {id}, no more in one");
+            return Err(Failure::new(ttrpc::Code::RESOURCE_EXHAUSTED, text));
         }
         let linux = oci::Linux {
             CgroupsPath: self.cgroup.path().to_string_lossy().into_owned(),
@@ -141,13 +226,22 @@ impl Container {
             Spec { Process: Some(process).into(), Linux: Some(linux).into(), ..Spec::default() };
         self.next += 1;
         let name = format!("exec-{}", self.next);
-        let process = self.stage(&name, &spec)?;
-        self.processes.insert(exec_id.to_string(), process);
-        Ok(())
+        let (process, pipe) = self.stage(&name, &spec)?;
+        self.processes.insert(exec_id.to_string(), Arc::clone(&process));
+        Ok(Starting { pipe, process, cgroup: self.cgroup.clone() })
     }
 
-    /// Runs a stage (see [`super::stage`]) to its end and takes its child over.
-    fn stage(&self, name: &str, spec: &Spec) -> Outcome<Arc<Process>> {
+    /// Runs a stage (see [`super::stage`]) to its end and takes its child over; where
+    /// the start of the program is heard of.
+    fn stage(&self, name: &str, spec: &Spec) -> Outcome<(Arc<Process>, File)> {
+        let run = run_pipe(&self.dir, name);
+        mkfifo(&run, Mode::S_IRUSR | Mode::S_IWUSR).during(|| format!("make {}", run.display()))?;
+        // Before there is a writer, for whom nothing waits here.
+        let starting = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(&run)
+            .during(|| format!("open {}", run.display()))?;
         let bytes =
             spec.write_to_bytes().map_err(|e| Failure::invalid(format!("encode the spec: {e}")))?;
         fs::write(self.dir.join(format!("{name}.spec")), bytes).during(|| "write the spec")?;
@@ -159,23 +253,24 @@ impl Container {
         let ends = Ends::attach(&mut command, process.Terminal.then_some(size))?;
         let child = command.spawn().during(|| "start a container's stage")?;
         drop(command);
-        let code = reaper::wait(child.id() as i32);
+        let code = Child::of(child.id() as i32).wait();
         let _ = fs::remove_file(self.dir.join(format!("{name}.spec")));
+        let _ = fs::remove_file(&run);
         if code != 0 {
             let text = fs::read_to_string(self.dir.join(format!("{name}.error")));
-            let text = text.unwrap_or_default();
-            let (number, message) = text.split_once('\n').unwrap_or(("", ""));
-            let code_name = code_of(number.parse().unwrap_or(-1));
-            let message = match message {
-                "" => format!("a container's stage ended with code {code} and said nothing"),
-                m => m.to_string(),
-            };
-            return Err(Failure::new(code_name, message));
+            return Err(heard(&text.unwrap_or_default()).unwrap_or_else(|| {
+                let text = format!("a container's stage ended with code {code} and said nothing");
+                Failure::internal(text)
+            }));
         }
         let path = self.dir.join(format!("{name}.pid"));
         let pid = fs::read_to_string(&path).during(|| format!("read {}", path.display()))?;
+        if name != INIT {
+            // Nobody asks for it again.
+            let _ = fs::remove_file(&path);
+        }
         let pid = pid.trim().parse().map_err(|_| Failure::internal("a stage told no pid"))?;
-        Process::adopt(pid, ends)
+        Ok((Process::adopt(pid, ends)?, starting))
     }
 
     /// Kills what runs in it and takes it all away.

@@ -3,6 +3,7 @@
 use std::fs;
 
 use super::failure::{Failure, Outcome};
+use crate::sys::process::parent;
 
 /// Every process of the guest but the kernel's own.
 pub fn everything() -> Vec<i32> {
@@ -19,7 +20,13 @@ const USUAL: &str = "-ef";
 
 /// The pids as a JSON array, or a table, which is our own: a guest may have no ps(1)
 /// to give arguments to.
-pub fn processes(pids: Vec<i32>, format: &str, args: &[String]) -> Outcome<Vec<u8>> {
+/// `started` are the processes that requests made: container, name and pid.
+pub fn processes(
+    pids: Vec<i32>,
+    started: &[(String, String, i32)],
+    format: &str,
+    args: &[String],
+) -> Outcome<Vec<u8>> {
     if args.iter().any(|a| a != USUAL) {
         let text = "this guest's agent prints one table only: leave the arguments for ps out";
         return Err(Failure::invalid(text));
@@ -30,9 +37,9 @@ pub fn processes(pids: Vec<i32>, format: &str, args: &[String]) -> Outcome<Vec<u
             Ok(format!("[{}]", list.join(",")).into_bytes())
         }
         "table" | "" => {
-            let mut out = String::from("  PID   UID STAT    RSS(KiB) COMMAND\n");
+            let mut out = String::from("  PID   UID STAT    RSS(KiB) EXEC          COMMAND\n");
             for pid in pids {
-                out.push_str(&row(pid));
+                out.push_str(&row(pid, owner(pid, started)));
             }
             Ok(out.into_bytes())
         }
@@ -40,8 +47,27 @@ pub fn processes(pids: Vec<i32>, format: &str, args: &[String]) -> Outcome<Vec<u
     }
 }
 
+/// Generations that are looked through for the process that a request made.
+const MAX_GENERATIONS: usize = 256;
+
+/// The name under which a process, or its forebear, was started: what `vmcache kill
+/// --exec` takes. One that was taken over by a container's init is that one's.
+fn owner(pid: i32, started: &[(String, String, i32)]) -> &str {
+    let mut at = pid;
+    for _ in 0..MAX_GENERATIONS {
+        if let Some((_, name, _)) = started.iter().find(|s| s.2 == at) {
+            return name;
+        }
+        match parent(at) {
+            Some(next) if next > 1 => at = next,
+            _ => break,
+        }
+    }
+    "-"
+}
+
 /// A line; empty when the process has just ended.
-fn row(pid: i32) -> String {
+fn row(pid: i32, owner: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = |name: &str| {
         status
@@ -64,7 +90,7 @@ fn row(pid: i32) -> String {
     // command is the client's to escape: it does not trust an agent to.
     let command = command.replace('\n', "\\n");
     format!(
-        "{pid:>5} {:>5} {:<4} {:>11} {command}\n",
+        "{pid:>5} {:>5} {:<4} {:>11} {owner:<13} {command}\n",
         field("Uid:"),
         field("State:"),
         field("VmRSS:")

@@ -30,8 +30,10 @@ mod channel;
 mod container;
 mod copy;
 mod failure;
+mod hosts;
 mod identity;
 mod listing;
+mod memory;
 mod mounts;
 mod network;
 mod pack;
@@ -49,8 +51,11 @@ use std::process::exit;
 
 /// Version of the protocol that Health.Version tells, as Kata's agents do.
 pub const PROTOCOL_VERSION: &str = "0.0.1";
-/// Where the agent keeps its sockets and its containers' state.
+/// Where the agent keeps what is its own.
 pub const RUN_DIR: &str = "/run/vmcache";
+
+/// Where it keeps its containers' state.
+pub const CONTAINERS: &str = "/run/vmcache/containers";
 
 /// Runs the life that the arguments name; does not return.
 pub fn main() -> ! {

@@ -14,6 +14,8 @@ use nix::sys::stat::{makedev, mknod, Mode, SFlag};
 use nix::unistd::{chdir, chown, pivot_root, Gid, Uid};
 
 use super::failure::{Attempt, Failure, Outcome};
+use super::hosts::HOSTS;
+use super::stage::REAPER_ANNOTATION;
 use crate::proto::oci::{LinuxDevice, Mount, Spec};
 
 /// Symbolic links followed while one path is resolved; as the kernel's limit.
@@ -48,6 +50,11 @@ pub fn enter(spec: &Spec, terminal: Option<&Path>) -> Outcome<()> {
     for m in &spec.Mounts {
         one(&target, m)?;
     }
+    // Another root does not know this guest's name.
+    let told = spec.Mounts.iter().any(|m| m.destination == HOSTS);
+    if spec.Annotations.contains_key(REAPER_ANNOTATION) && root != Path::new("/") && !told {
+        one(&target, &hosts_mount())?;
+    }
     let fresh_dev = spec.Mounts.iter().any(|m| m.destination == "/dev" && m.type_ == "tmpfs");
     if fresh_dev {
         devices(&target)?;
@@ -68,6 +75,17 @@ pub fn enter(spec: &Spec, terminal: Option<&Path>) -> Outcome<()> {
             .during(|| "make the root read-only")?;
     }
     Ok(())
+}
+
+/// The guest's own names of hosts, which a command may add to.
+fn hosts_mount() -> Mount {
+    Mount {
+        destination: HOSTS.into(),
+        source: HOSTS.into(),
+        type_: "bind".into(),
+        options: vec!["bind".into()],
+        ..Mount::default()
+    }
 }
 
 fn pivot(root: &Path) -> Outcome<()> {

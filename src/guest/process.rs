@@ -3,33 +3,74 @@
 //!
 //! Invariants: reads and writes block only the request that asked; end of file
 //! is an empty read; the exit code is set once, by a thread that waits on the
-//! reaper, and kept as long as the record.
+//! reaper, and kept as long as the record; a signal goes to the program itself, by a
+//! pidfd, and never to whoever has its pid later.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::pty::{openpty, OpenptyResult};
-use nix::sys::signal::{kill, Signal};
-use nix::unistd::{pipe2, Pid};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::pipe2;
 
 use super::failure::{Attempt, Failure, Outcome};
-use super::reaper;
+use super::reaper::Child;
+use crate::sys::process::{pidfd_kill, pidfd_open};
 use crate::sys::terminal::set_window_size;
 
 /// Most bytes one ReadStdout or ReadStderr returns, whatever was asked: fits
 /// one ttrpc message (4 MiB) with room.
 pub const MAX_READ: usize = 1024 * 1024;
 
+/// Largest number of a signal.
+const MAX_SIGNAL: i32 = 64;
+
+/// An end from which the agent reads.
+struct Source {
+    file: File,
+    /// Becomes readable when the end is to be closed: who waits for bytes gives it up.
+    closing: EventFd,
+}
+
+impl Source {
+    /// What there is, at least a byte; nothing at the end, or when it is closed meanwhile.
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let wanted = PollFlags::POLLIN;
+            let mut fds =
+                [PollFd::new(self.file.as_fd(), wanted), PollFd::new(self.closing.as_fd(), wanted)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
+            if fds[1].any() == Some(true) {
+                return Ok(0);
+            }
+            match (&self.file).read(buffer) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // A terminal whose last user is gone.
+                Err(e) if e.raw_os_error() == Some(Errno::EIO as i32) => return Ok(0),
+                other => return other,
+            }
+        }
+    }
+}
+
+/// None once it is closed; one that is being read goes when that read has given up.
+type Reading = Mutex<Option<Arc<Source>>>;
+
 /// The agent's ends of a process's stdio.
 pub struct Ends {
     stdin: Mutex<Option<File>>,
-    stdout: Option<File>,
-    stderr: Option<File>,
+    stdout: Reading,
+    stderr: Reading,
     terminal: bool,
 }
 
@@ -37,9 +78,21 @@ pub struct Ends {
 pub struct Process {
     /// Its pid in the guest's own namespace.
     pub pid: i32,
+    /// Whom signals go to: itself, or the program below a small init.
+    program: Mutex<Option<Arc<OwnedFd>>>,
     ends: Ends,
     code: Mutex<Option<i32>>,
     ended: Condvar,
+}
+
+fn reading(file: impl Into<File>) -> Outcome<Reading> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let closing = EventFd::from_flags(flags).during(|| "make an eventfd")?;
+    Ok(Mutex::new(Some(Arc::new(Source { file: file.into(), closing }))))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
@@ -57,8 +110,8 @@ impl Ends {
             command.stdin(stdin_theirs).stdout(stdout_theirs).stderr(stderr_theirs);
             return Ok(Ends {
                 stdin: Mutex::new(Some(File::from(stdin))),
-                stdout: Some(File::from(stdout)),
-                stderr: Some(File::from(stderr)),
+                stdout: reading(stdout)?,
+                stderr: reading(stderr)?,
                 terminal: false,
             });
         };
@@ -72,8 +125,8 @@ impl Ends {
         command.stdin(again(&slave)?).stdout(again(&slave)?).stderr(Stdio::from(slave));
         Ok(Ends {
             stdin: Mutex::new(Some(File::from(again(&master)?))),
-            stdout: Some(File::from(master)),
-            stderr: None,
+            stdout: reading(master)?,
+            stderr: Mutex::new(None),
             terminal: true,
         })
     }
@@ -87,24 +140,43 @@ fn set_close_on_exec(fd: BorrowedFd<'_>) -> Outcome<()> {
 impl Process {
     /// Takes over a child that runs as `pid`.
     pub fn adopt(pid: i32, ends: Ends) -> Outcome<Arc<Process>> {
-        let process =
-            Arc::new(Process { pid, ends, code: Mutex::new(None), ended: Condvar::new() });
+        let child = Child::of(pid);
+        let itself = match pidfd_open(pid) {
+            Ok(itself) => Some(Arc::new(itself)),
+            // It has ended already.
+            Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => None,
+            Err(e) => return Err(e).during(|| format!("watch process {pid}")),
+        };
+        let process = Arc::new(Process {
+            pid,
+            program: Mutex::new(itself),
+            ends,
+            code: Mutex::new(None),
+            ended: Condvar::new(),
+        });
         let waiter = Arc::clone(&process);
         thread::Builder::new()
             .name(format!("wait-{pid}"))
             .stack_size(64 * 1024)
             .spawn(move || {
-                let code = reaper::wait(waiter.pid);
-                *waiter.code.lock().unwrap_or_else(|e| e.into_inner()) = Some(code);
+                let code = child.wait();
+                *lock(&waiter.code) = Some(code);
                 waiter.ended.notify_all();
             })
             .map_err(|e| Failure::internal(format!("start a thread to wait for {pid}: {e}")))?;
         Ok(process)
     }
 
+    /// From now on, signals go to this process, its program below a small init.
+    pub fn aim_at(&self, program: i32) {
+        if let Ok(program) = pidfd_open(program) {
+            *lock(&self.program) = Some(Arc::new(program));
+        }
+    }
+
     /// Waits for the end and tells the exit code.
     pub fn wait(&self) -> i32 {
-        let mut code = self.code.lock().unwrap_or_else(|e| e.into_inner());
+        let mut code = lock(&self.code);
         loop {
             if let Some(code) = *code {
                 return code;
@@ -115,27 +187,27 @@ impl Process {
 
     /// Whether it still runs.
     pub fn running(&self) -> bool {
-        self.code.lock().unwrap_or_else(|e| e.into_inner()).is_none()
+        lock(&self.code).is_none()
     }
 
-    /// Sends a signal.
+    /// Sends a signal, real-time ones included.
     pub fn signal(&self, number: u32) -> Outcome<()> {
-        let signal = i32::try_from(number)
-            .ok()
-            .and_then(|n| Signal::try_from(n).ok())
-            .ok_or_else(|| Failure::invalid(format!("{number} is no signal")))?;
-        if !self.running() {
-            return Err(Failure::not_found(format!("process {} has ended", self.pid)));
+        let signal = i32::try_from(number).ok().filter(|n| (1..=MAX_SIGNAL).contains(n));
+        let signal = signal.ok_or_else(|| Failure::invalid(format!("{number} is no signal")))?;
+        let ended = || Failure::not_found(format!("process {} has ended", self.pid));
+        let program = lock(&self.program).clone().filter(|_| self.running());
+        let program = program.ok_or_else(ended)?;
+        match pidfd_kill(program.as_fd(), signal) {
+            Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => Err(ended()),
+            done => done.during(|| format!("send signal {signal} to process {}", self.pid)),
         }
-        kill(Pid::from_raw(self.pid), signal)
-            .during(|| format!("send {signal} to process {}", self.pid))
     }
 
     /// Writes all of `data` to its standard input.
     pub fn write_stdin(&self, data: &[u8]) -> Outcome<u32> {
         // Held while writing: two writers' bytes must not mix, and a close
         // waits for what was sent before it.
-        let mut stdin = self.ends.stdin.lock().unwrap_or_else(|e| e.into_inner());
+        let mut stdin = lock(&self.ends.stdin);
         let Some(file) = stdin.as_mut() else {
             return Err(Failure::not_found(format!("stdin of process {} is closed", self.pid)));
         };
@@ -145,7 +217,7 @@ impl Process {
 
     /// Closes its standard input; a terminal gets an end-of-file character.
     pub fn close_stdin(&self) {
-        let mut stdin = self.ends.stdin.lock().unwrap_or_else(|e| e.into_inner());
+        let mut stdin = lock(&self.ends.stdin);
         if let Some(mut file) = stdin.take() {
             if self.ends.terminal {
                 let _ = file.write_all(&[4]);
@@ -153,27 +225,32 @@ impl Process {
         }
     }
 
-    /// Reads what there is, at least a byte, at most `max`; empty at the end.
+    /// Reads what there is, at least a byte, at most `max`; empty at the end. With a
+    /// `max` of 0, which Kata's runtimes never ask for, it closes the stream instead:
+    /// whoever writes to it then learns that nobody reads.
     pub fn read(&self, stderr: bool, max: u32) -> Outcome<Vec<u8>> {
-        let file = if stderr { &self.ends.stderr } else { &self.ends.stdout };
-        let Some(file) = file else {
+        let end = if stderr { &self.ends.stderr } else { &self.ends.stdout };
+        if max == 0 {
+            self.close_output(end);
+            return Ok(Vec::new());
+        }
+        let Some(source) = lock(end).clone() else {
             // A terminal has one stream; its stderr is at its end at once.
             return Ok(Vec::new());
         };
-        let mut buffer = vec![0; (max as usize).clamp(1, MAX_READ)];
-        loop {
-            match (&*file).read(&mut buffer) {
-                Ok(n) => {
-                    buffer.truncate(n);
-                    return Ok(buffer);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // A terminal whose last user is gone.
-                Err(e) if e.raw_os_error() == Some(nix::errno::Errno::EIO as i32) => {
-                    return Ok(Vec::new());
-                }
-                Err(e) => return Err(e).during(|| format!("read output of {}", self.pid)),
-            }
+        let mut buffer = vec![0; (max as usize).min(MAX_READ)];
+        let n = source.read(&mut buffer).during(|| format!("read output of {}", self.pid))?;
+        buffer.truncate(n);
+        Ok(buffer)
+    }
+
+    fn close_output(&self, end: &Reading) {
+        if let Some(source) = lock(end).take() {
+            let _ = source.closing.write(1);
+        }
+        if self.ends.terminal {
+            // Nobody is at it any more: it hangs up, once both of its ends are closed.
+            drop(lock(&self.ends.stdin).take());
         }
     }
 
@@ -182,11 +259,10 @@ impl Process {
         let size = u16::try_from(rows).ok().zip(u16::try_from(columns).ok());
         let (rows, columns) =
             size.ok_or_else(|| Failure::invalid(format!("window of {rows} x {columns}")))?;
-        match &self.ends.stdout {
-            Some(master) if self.ends.terminal => {
-                set_window_size(master.as_fd(), rows, columns).during(|| "set the window size")
-            }
-            _ => Err(Failure::invalid(format!("process {} has no terminal", self.pid))),
-        }
+        let master = lock(&self.ends.stdout).clone().filter(|_| self.ends.terminal);
+        let no_terminal =
+            || Failure::invalid(format!("process {} has no terminal, or it is closed", self.pid));
+        let master = master.ok_or_else(no_terminal)?;
+        set_window_size(master.file.as_fd(), rows, columns).during(|| "set the window size")
     }
 }

@@ -4,7 +4,7 @@
 //! for, read or written; a request names a container and a process, an empty
 //! process name is the container's own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -14,18 +14,23 @@ use nix::unistd::sethostname;
 use super::container::Container;
 use super::failure::{Attempt, Failure, Outcome};
 use super::process::Process;
-use super::storage;
+use super::{hosts, storage};
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 use crate::proto::oci;
 
 /// Most containers in one guest.
 const MAX_CONTAINERS: usize = 1024;
 
+/// A container, for one request at a time.
+type Shared = Arc<Mutex<Container>>;
+
 #[derive(Default)]
 struct Table {
     id: Option<String>,
     mounts: Vec<PathBuf>,
-    containers: HashMap<String, Arc<Mutex<Container>>>,
+    containers: HashMap<String, Shared>,
+    /// Those that are being made.
+    begun: HashSet<String>,
 }
 
 /// All that CreateSandbox and CreateContainer made.
@@ -52,6 +57,7 @@ impl Sandbox {
         }
         if !request.hostname.is_empty() {
             sethostname(&request.hostname).during(|| "set the host name")?;
+            hosts::know(&request.hostname)?;
         }
         if !request.dns.is_empty() {
             let lines: String = request.dns.iter().map(|l| format!("{l}\n")).collect();
@@ -64,13 +70,22 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Removes every container and what the sandbox mounted.
+    /// Removes every container and what the sandbox mounted. One that can not be
+    /// removed keeps none of the others, and is there still.
     pub fn destroy(&self) -> Outcome<()> {
-        let mut table = lock(&self.table);
-        let containers: Vec<_> = table.containers.drain().collect();
-        for (_, container) in containers {
-            lock(&container).remove(Duration::ZERO)?;
+        let containers: Vec<(String, Shared)> = lock(&self.table).containers.drain().collect();
+        let mut failed = Vec::new();
+        for (id, container) in containers {
+            let removed = lock(&container).remove(Duration::ZERO);
+            if let Err(e) = removed {
+                failed.push(format!("remove container {id}: {}", e.message));
+                lock(&self.table).containers.insert(id, container);
+            }
         }
+        if !failed.is_empty() {
+            return Err(Failure::internal(failed.join("; ")));
+        }
+        let mut table = lock(&self.table);
         let written = storage::detach_all(&mut table.mounts);
         if table.mounts.is_empty() {
             table.id = None;
@@ -87,12 +102,27 @@ impl Sandbox {
         }
         let spec = request.OCI.into_option();
         let spec = spec.ok_or_else(|| Failure::invalid(format!("container {id} has no spec")))?;
-        if lock(&self.table).containers.len() >= MAX_CONTAINERS {
+        check_texts(spec.Process.get_or_default())?;
+        self.begin(&id)?;
+        let made = Container::create(&id, spec, &request.storages);
+        let mut table = lock(&self.table);
+        table.begun.remove(&id);
+        table.containers.insert(id, Arc::new(Mutex::new(made?)));
+        Ok(())
+    }
+
+    /// Takes the id, which nobody else has then, made or being made.
+    fn begin(&self, id: &str) -> Outcome<()> {
+        let mut table = lock(&self.table);
+        if table.containers.contains_key(id) || table.begun.contains(id) {
+            let text = format!("container {id} exists already");
+            return Err(Failure::new(ttrpc::Code::ALREADY_EXISTS, text));
+        }
+        if table.containers.len() + table.begun.len() >= MAX_CONTAINERS {
             let text = format!("{MAX_CONTAINERS} containers exist, no more in one guest");
             return Err(Failure::new(ttrpc::Code::RESOURCE_EXHAUSTED, text));
         }
-        let container = Container::create(&id, spec, &request.storages)?;
-        lock(&self.table).containers.insert(id, Arc::new(Mutex::new(container)));
+        table.begun.insert(id.to_string());
         Ok(())
     }
 
@@ -102,11 +132,11 @@ impl Sandbox {
         found.ok_or_else(|| Failure::not_found(format!("no container {id:?} in this guest")))
     }
 
-    /// Lets a container's init go.
+    /// Lets a container's init go; its program runs when this returns.
     pub fn start_container(&self, id: &str) -> Outcome<()> {
         let container = self.container(id)?;
-        let mut guard = lock(&container);
-        guard.start(id)
+        let starting = lock(&container).start(id)?;
+        starting.wait()
     }
 
     /// Kills and forgets a container.
@@ -117,11 +147,32 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Runs a process in a started container.
+    /// Runs a process in a started container; its program runs when this returns.
     pub fn exec(&self, id: &str, exec_id: &str, process: oci::Process) -> Outcome<()> {
+        check_texts(&process)?;
         let container = self.container(id)?;
-        let mut guard = lock(&container);
-        guard.exec(id, exec_id, process)
+        let starting = lock(&container).exec(id, exec_id, process)?;
+        starting.wait().inspect_err(|_| {
+            lock(&container).processes.remove(exec_id);
+        })
+    }
+
+    /// All processes that were started, with the names of their container and their own.
+    pub fn started(&self) -> Vec<(String, String, i32)> {
+        let containers: Vec<_> = lock(&self.table)
+            .containers
+            .iter()
+            .map(|(id, c)| (id.clone(), Arc::clone(c)))
+            .collect();
+        let mut all = Vec::new();
+        for (id, container) in containers {
+            for (name, process) in &lock(&container).processes {
+                if process.running() {
+                    all.push((id.clone(), name.clone(), process.pid));
+                }
+            }
+        }
+        all
     }
 
     /// A process by container and exec id.
@@ -130,6 +181,18 @@ impl Sandbox {
         let name = if exec_id.is_empty() { id } else { exec_id };
         let found = lock(&container).processes.get(name).cloned();
         found.ok_or_else(|| Failure::not_found(format!("no process {name:?} in container {id:?}")))
+    }
+}
+
+/// Refuses what no system call takes: a text would end at its NUL.
+fn check_texts(process: &oci::Process) -> Outcome<()> {
+    let user = process.User.get_or_default();
+    let all = process.Args.iter().map(|t| ("argument", t));
+    let all = all.chain(process.Env.iter().map(|t| ("variable", t)));
+    let mut all = all.chain([("working directory", &process.Cwd), ("user", &user.Username)]);
+    match all.find(|(_, text)| text.contains('\0')) {
+        None => Ok(()),
+        Some((what, text)) => Err(Failure::invalid(format!("{what} {text:?}: contains a NUL"))),
     }
 }
 

@@ -9,7 +9,7 @@ use ttrpc::{Server, TtrpcContext};
 use super::cgroup::Cgroup;
 use super::failure::{Failure, Outcome};
 use super::sandbox::{with, Sandbox};
-use super::{copy, identity, listing, network, stats, storage, PROTOCOL_VERSION};
+use super::{copy, identity, listing, memory, network, stats, storage, PROTOCOL_VERSION};
 use crate::proto::agent::*;
 use crate::proto::agent_ttrpc::{self, AgentService};
 use crate::proto::empty::Empty;
@@ -206,12 +206,15 @@ impl AgentService for Agent {
             "" => listing::everything(),
             id => answer(self.group(id))?.pids(),
         };
-        let process_list = answer(listing::processes(pids, &r.format, &r.args))?;
+        let process_list =
+            answer(listing::processes(pids, &self.sandbox.started(), &r.format, &r.args))?;
         Ok(ListProcessesResponse { process_list, ..ListProcessesResponse::default() })
     }
 
     fn online_cpu_mem(&self, _: &TtrpcContext, r: OnlineCPUMemRequest) -> ttrpc::Result<Empty> {
-        empty(identity::online(r.nb_cpus, r.cpu_only, r.wait))
+        let online = identity::online(r.nb_cpus, r.cpu_only, r.wait);
+        memory::grow();
+        empty(online)
     }
 
     fn mem_hotplug_by_probe(
@@ -219,7 +222,9 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         r: MemHotplugByProbeRequest,
     ) -> ttrpc::Result<Empty> {
-        empty(identity::probe(&r.memHotplugProbeAddr))
+        let known = identity::probe(&r.memHotplugProbeAddr);
+        memory::grow();
+        empty(known)
     }
 
     fn reseed_random_dev(

@@ -8,14 +8,16 @@
 //! ```text
 //! agent ──spawn──► stage ──fork──► first process in the namespaces
 //!   ▲                │  ◄─ "ready" or why not ─┤ (mounts, user, limits)
-//!   └── exit code ───┘                         ├─ waits for StartContainer
-//!       DIR/NAME.pid or DIR/NAME.error         └─ executes the program
+//!   │   exit code ───┘                         ├─ waits for StartContainer
+//!   │   DIR/NAME.pid or DIR/NAME.error         └─ executes the program
+//!   └── DIR/NAME.run: closed by execve, or why that failed ◄─┘
 //! ```
 //!
 //! The orphan becomes the agent's child, which is PID 1 here.
 //!
 //! Invariants: single-threaded, so fork is safe; the program is found before
-//! "ready" is told, so a missing one is an error of CreateContainer.
+//! "ready" is told, so a missing one is an error of CreateContainer; the end of
+//! DIR/NAME.run means that the program runs, with its signals as it wants them.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -23,14 +25,15 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{setns, unshare, CloneFlags};
 use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::{kill, SigSet, Signal};
-use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
+use nix::sys::wait::waitpid;
 use nix::unistd::{
-    access, execve, pipe2, setgroups, sethostname, setresgid, setresuid, setsid, AccessFlags,
-    ForkResult, Gid, Pid, Uid,
+    access, execve, fchown, pipe2, setgroups, sethostname, setresgid, setresuid, setsid,
+    AccessFlags, ForkResult, Gid, Pid, Uid,
 };
 use protobuf::Message;
 use ttrpc::Code;
@@ -39,7 +42,7 @@ use super::failure::{Attempt, Failure, Outcome};
 use super::{capabilities, user};
 use crate::proto::oci::{Process, Spec};
 use crate::sys::guest::set_oom_score;
-use crate::sys::process::{default_sigpipe, fork};
+use crate::sys::process::{default_sigpipe, fork, reap};
 use crate::sys::terminal::set_controlling;
 
 /// Name of the stage that makes a container; any other joins one.
@@ -49,13 +52,29 @@ pub const INIT: &str = "init";
 /// orphans are reaped.
 pub const REAPER_ANNOTATION: &str = "io.vmcache.init";
 
+/// Where the agent hears that the program runs.
+pub fn run_pipe(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.run"))
+}
+
+/// A failure in the form in which stages tell it.
+fn told(e: &Failure) -> String {
+    format!("{}\n{}", e.code as i32, e.message)
+}
+
+/// The failure that a stage told, if it did; `None` for a text that is none.
+pub fn heard(text: &str) -> Option<Failure> {
+    let (number, message) = text.split_once('\n')?;
+    Some(Failure::new(code_of(number.parse().unwrap_or(-1)), message))
+}
+
 /// The stage's life: sets up, reports to files in `dir`, ends.
 pub fn run(dir: &str, name: &str) -> Outcome<()> {
     let dir = Path::new(dir);
     let result = prepare(dir, name);
     let (file, text) = match &result {
         Ok(pid) => (format!("{name}.pid"), pid.to_string()),
-        Err(e) => (format!("{name}.error"), format!("{}\n{}", e.code as i32, e.message)),
+        Err(e) => (format!("{name}.error"), told(e)),
     };
     fs::write(dir.join(file), text).during(|| format!("report to {}", dir.display()))?;
     result.map(|_| ())
@@ -70,6 +89,10 @@ fn prepare(dir: &Path, name: &str) -> Outcome<i32> {
         .write(true)
         .open(dir.join("start"))
         .during(|| "open the start pipe")?;
+    let run = OpenOptions::new()
+        .write(true)
+        .open(run_pipe(dir, name))
+        .during(|| "open the pipe of the program's start")?;
     if let Some(linux) = spec.Linux.as_ref() {
         fs::write(Path::new(&linux.CgroupsPath).join("cgroup.procs"), "0")
             .during(|| format!("join cgroup {}", linux.CgroupsPath))?;
@@ -89,7 +112,7 @@ fn prepare(dir: &Path, name: &str) -> Outcome<i32> {
     match fork().during(|| "fork into the namespaces")? {
         ForkResult::Child => {
             drop(answer);
-            child(spec, mounts, start, report)
+            child(spec, mounts, Pipes { start, report, run })
         }
         ForkResult::Parent { child } => {
             drop(report);
@@ -97,10 +120,9 @@ fn prepare(dir: &Path, name: &str) -> Outcome<i32> {
             answer.read_to_string(&mut text).during(|| "hear from the container")?;
             match text.split_once('\n') {
                 Some(("0", _)) => Ok(child.as_raw()),
-                Some((code, message)) => {
+                Some(_) => {
                     let _ = waitpid(child, None);
-                    let code = code.parse().unwrap_or(Code::INTERNAL as i32);
-                    Err(Failure::new(code_of(code), message))
+                    Err(heard(&text).unwrap_or_else(|| Failure::internal(text)))
                 }
                 None => Err(Failure::internal("the container's first process died at once")),
             }
@@ -109,7 +131,7 @@ fn prepare(dir: &Path, name: &str) -> Outcome<i32> {
 }
 
 /// The status codes that stages report.
-pub fn code_of(number: i32) -> Code {
+fn code_of(number: i32) -> Code {
     [Code::NOT_FOUND, Code::PERMISSION_DENIED, Code::INVALID_ARGUMENT, Code::UNIMPLEMENTED]
         .into_iter()
         .find(|c| *c as i32 == number)
@@ -163,14 +185,24 @@ fn join_namespaces(dir: &Path) -> Outcome<File> {
     Ok(mounts)
 }
 
+/// What the first process in the namespaces hears and says.
+struct Pipes {
+    /// StartContainer's byte.
+    start: File,
+    /// "Ready", or why not.
+    report: File,
+    /// Why the program does not run; closed when it does.
+    run: File,
+}
+
 /// In the namespaces: becomes the program, or reports why not and ends.
-fn child(spec: Spec, mounts: Option<File>, start: File, mut report: File) -> ! {
+fn child(spec: Spec, mounts: Option<File>, pipes: Pipes) -> ! {
+    let Pipes { start, mut report, mut run } = pipes;
     let init = mounts.is_none();
-    let ready = settle(&spec, mounts);
-    let program = match ready {
-        Ok(program) => program,
+    let ready = match settle(&spec, mounts) {
+        Ok(ready) => ready,
         Err(e) => {
-            let _ = write!(report, "{}\n{}", e.code as i32, e.message);
+            let _ = write!(report, "{}", told(&e));
             std::process::exit(1)
         }
     };
@@ -185,43 +217,50 @@ fn child(spec: Spec, mounts: Option<File>, start: File, mut report: File) -> ! {
     let process = spec.Process.unwrap_or_default();
     let reap = init && spec.Annotations.get(REAPER_ANNOTATION).is_some_and(|v| v == "true");
     if reap {
+        // From before the program is there, so that none is lost in between.
+        let _ = SigSet::all().thread_block();
         if let Ok(ForkResult::Parent { child }) = fork() {
+            drop(run);
             reap_until(child);
         }
     }
-    finish(&program, &process)
+    let failure = finish(&ready, &process);
+    let _ = write!(run, "{}", told(&failure));
+    std::process::exit(if failure.code == Code::NOT_FOUND { 127 } else { 126 })
 }
 
 /// A small init: forwards signals to its child, reaps, ends as it ends.
 fn reap_until(child: Pid) -> ! {
     let all = SigSet::all();
-    let _ = all.thread_block();
     // The child's stdio is its own: an open end here would hide its end of file.
     for fd in 0..3 {
         let _ = nix::unistd::close(fd);
     }
     loop {
+        while let Ok(Some((pid, code))) = reap(-1) {
+            if pid == child.as_raw() {
+                std::process::exit(code)
+            }
+        }
+        // Real-time ones, of which this has no names, come from inside: they are dropped,
+        // as any first process of a namespace drops what it does not handle.
         match all.wait() {
-            Ok(Signal::SIGCHLD) => loop {
-                match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                    Ok(WaitStatus::Exited(pid, code)) if pid == child => std::process::exit(code),
-                    Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
-                        std::process::exit(128 + signal as i32)
-                    }
-                    Ok(WaitStatus::StillAlive) | Err(_) => break,
-                    Ok(_) => {}
-                }
-            },
+            Ok(Signal::SIGCHLD) | Err(_) => {}
             Ok(signal) => {
                 let _ = kill(child, signal);
             }
-            Err(_) => {}
         }
     }
 }
 
-/// Everything short of executing; returns the program's path.
-fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<PathBuf> {
+/// What execve needs, found before it may be called.
+struct Ready {
+    program: PathBuf,
+    home: String,
+}
+
+/// Everything short of executing.
+fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<Ready> {
     let process =
         spec.Process.as_ref().ok_or_else(|| Failure::invalid("no process in the spec"))?;
     let terminal = process.Terminal.then(|| fs::read_link("/proc/self/fd/0").ok()).flatten();
@@ -245,13 +284,13 @@ fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<PathBuf> {
         let (name, resource) = resource(&limit.Type)?;
         setrlimit(resource, limit.Soft, limit.Hard).during(|| format!("set {name}"))?;
     }
-    become_user(process)?;
+    let home = become_user(process)?;
     let cwd = if process.Cwd.is_empty() { "/" } else { &process.Cwd };
     nix::unistd::chdir(cwd).during(|| format!("enter working directory {cwd}"))?;
     if process.NoNewPrivileges {
         nix::sys::prctl::set_no_new_privs().during(|| "forbid new privileges")?;
     }
-    find(process)
+    Ok(Ready { program: find(process)?, home })
 }
 
 fn resource(name: &str) -> Outcome<(&str, Resource)> {
@@ -278,25 +317,31 @@ fn resource(name: &str) -> Outcome<(&str, Resource)> {
 }
 
 /// User, groups and capabilities; names are looked up in the container's own files.
-fn become_user(process: &Process) -> Outcome<()> {
-    let user = process.User.clone().unwrap_or_default();
-    let (mut uid, mut gid) = (user.UID, user.GID);
-    let mut groups = user.AdditionalGids.clone();
-    if !user.Username.is_empty() {
-        (uid, gid) = user::look_up(&user.Username, &mut groups)?;
-    }
+/// Gives the user's home directory.
+fn become_user(process: &Process) -> Outcome<String> {
+    let user::Identity { uid, gid, groups, home } = user::identity(process.User.get_or_default())?;
     if let Some(caps) = process.Capabilities.as_ref() {
         capabilities::bound(caps)?;
         nix::sys::prctl::set_keepcaps(true).during(|| "keep capabilities")?;
     }
     let groups: Vec<Gid> = groups.into_iter().map(Gid::from_raw).collect();
-    setgroups(&groups).during(|| "set the groups")?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    own_streams(uid)?;
+    setgroups(&groups).during(|| "set the groups")?;
     setresgid(gid, gid, gid).during(|| format!("become group {gid}"))?;
     setresuid(uid, uid, uid).during(|| format!("become user {uid}"))?;
     if let Some(caps) = process.Capabilities.as_ref() {
         capabilities::set(caps)?;
         nix::sys::prctl::set_keepcaps(false).during(|| "let capabilities go")?;
+    }
+    Ok(home)
+}
+
+/// Gives the streams to the user, who may open them anew then: /dev/stdout, and the
+/// terminal. Their group stays: a terminal's is the one that may write to it.
+fn own_streams(uid: Uid) -> Outcome<()> {
+    for stream in [std::io::stdin().as_fd(), std::io::stdout().as_fd(), std::io::stderr().as_fd()] {
+        fchown(stream, Some(uid), None).during(|| format!("give its streams to user {uid}"))?;
     }
     Ok(())
 }
@@ -332,24 +377,50 @@ fn find(process: &Process) -> Outcome<PathBuf> {
     Err(Failure::not_found(format!("{name}: command not found in the guest (PATH={path})")))
 }
 
-/// A session and terminal of its own, then the program.
-fn finish(program: &Path, process: &Process) -> ! {
+/// A session and terminal of its own, then the program; returns why there is none.
+fn finish(ready: &Ready, process: &Process) -> Failure {
     // Rust ignores it, and what is ignored stays so across exec.
     default_sigpipe();
-    // The agent blocks signals, and what is blocked stays so, too.
-    let _ = SigSet::empty().thread_set_mask();
     let _ = setsid();
     if process.Terminal {
         let _ = set_controlling(std::io::stdin().as_fd());
     }
-    let text = |s: &String| CString::new(s.as_bytes()).unwrap_or_default();
-    let args: Vec<CString> = process.Args.iter().map(text).collect();
-    let mut env: Vec<CString> = process.Env.iter().map(text).collect();
-    if !process.Env.iter().any(|e| e.starts_with("HOME=")) {
-        env.push(text(&format!("HOME={}", user::home(nix::unistd::getuid().as_raw()))));
+    let texts = |list: &[String]| list.iter().map(|s| CString::new(s.as_bytes())).collect();
+    let args: Result<Vec<CString>, _> = texts(&process.Args);
+    let mut all = process.Env.clone();
+    // As an empty one, as shells take it.
+    if !all.iter().any(|e| e.strip_prefix("HOME=").is_some_and(|h| !h.is_empty())) {
+        all.retain(|e| !e.starts_with("HOME="));
+        all.push(format!("HOME={}", ready.home));
     }
-    let path = CString::new(program.as_os_str().as_encoded_bytes()).unwrap_or_default();
+    let env: Result<Vec<CString>, _> = texts(&all);
+    let path = CString::new(ready.program.as_os_str().as_encoded_bytes());
+    let (Ok(args), Ok(env), Ok(path)) = (args, env, path) else {
+        return Failure::invalid("a NUL in an argument, a variable or the program's path");
+    };
+    // The agent blocks signals, and what is blocked stays so, too.
+    let _ = SigSet::empty().thread_set_mask();
     let Err(error) = execve(&path, &args, &env);
-    eprintln!("vmcache-agent: execute {}: {error}", program.display());
-    std::process::exit(126)
+    let text = format!("execute {}: {}", ready.program.display(), why_not(error, &ready.program));
+    match error {
+        Errno::ENOENT | Errno::ENOTDIR => Failure::not_found(text),
+        Errno::EACCES | Errno::ENOEXEC | Errno::EPERM | Errno::ELOOP | Errno::ETXTBSY => {
+            Failure::new(Code::PERMISSION_DENIED, text)
+        }
+        _ => Failure::internal(text),
+    }
+}
+
+/// The kernel's word, with what it means for a file that is there.
+fn why_not(error: Errno, program: &Path) -> String {
+    let error = std::io::Error::from(error);
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT) if program.exists() => {
+            format!("its interpreter or loader is not in the guest ({error})")
+        }
+        Some(Errno::ENOEXEC) => {
+            format!("neither a program of this machine nor a script with #! ({error})")
+        }
+        _ => error.to_string(),
+    }
 }

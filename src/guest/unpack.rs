@@ -11,6 +11,11 @@ use crate::tree;
 
 /// Unpacks until the stream's end.
 pub fn run(target: &str) -> Outcome<()> {
-    tree::unpack(&mut io::stdin().lock(), Path::new(target), true)
-        .map_err(|e| Failure::internal(e.to_string()))
+    let unpacked = tree::unpack(&mut io::stdin().lock(), Path::new(target), true)
+        .map_err(|e| Failure::internal(e.to_string()))?;
+    // The rest is whole: the host says it, and goes on.
+    if let Some(text) = unpacked.complaint() {
+        eprintln!("{text}");
+    }
+    Ok(())
 }

@@ -106,11 +106,6 @@ pub fn vsock_listener(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Number of a signal by the name that OCI and shells use (`SIGTERM`, `TERM`).
-pub fn signal_exit_code(signal: i32) -> i32 {
-    128 + signal
-}
-
 /// Adjusts the OOM killer's liking for the calling process.
 ///
 /// # Errors

@@ -26,6 +26,10 @@ pub mod sealed;
 #[cfg(feature = "host")]
 pub mod seccomp;
 #[cfg(feature = "host")]
+pub mod signal;
+#[cfg(feature = "host")]
+pub mod streams;
+#[cfg(feature = "host")]
 pub mod tap;
 pub mod terminal;
 #[cfg(feature = "host")]

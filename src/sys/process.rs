@@ -105,6 +105,24 @@ pub fn fork() -> io::Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(io::Error::from)
 }
 
+/// Reaps a child that has ended, any for `-1`, without waiting: its pid and exit code,
+/// 128 + n when signal n ended it, a real-time one included.
+///
+/// # Errors
+/// `ECHILD` when there is no such child.
+pub fn reap(pid: i32) -> io::Result<Option<(i32, i32)>> {
+    let mut status = 0;
+    // SAFETY: the kernel writes one int through the pointer, which is ours.
+    let ended = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+    match ended {
+        0 => Ok(None),
+        pid if pid > 0 && libc::WIFEXITED(status) => Ok(Some((pid, libc::WEXITSTATUS(status)))),
+        // Without WUNTRACED and WCONTINUED there is no third.
+        pid if pid > 0 => Ok(Some((pid, 128 + libc::WTERMSIG(status)))),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Makes a closed pipe end a process again, as every Unix filter expects; Rust's
 /// runtime ignores SIGPIPE.
 pub fn default_sigpipe() {

@@ -1,9 +1,12 @@
 //! A command for a guest: what to run, as whom, where, and its OCI form.
 
+use super::Error;
 use crate::proto::oci::{Box as Size, Linux, LinuxNamespace, Mount, Process, Root, Spec, User};
 
 /// Annotation for the guest agent: a small init before the program.
 const REAPER: &str = "io.vmcache.init";
+/// Who a command runs as that names nobody.
+const ROOT: &str = "0";
 /// PATH of a command that brings none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -42,10 +45,35 @@ impl Command {
         self
     }
 
-    /// Sets a variable of its environment.
+    /// Sets a variable of its environment, in place of an earlier value.
     pub fn env(mut self, key: &str, value: &str) -> Command {
+        self.env.retain(|e| e.split_once('=').is_none_or(|(k, _)| k != key));
         self.env.push(format!("{key}={value}"));
         self
+    }
+
+    /// Sets a variable, unless it is set.
+    pub fn env_or(self, key: &str, value: &str) -> Command {
+        match self.env.iter().any(|e| e.split_once('=').is_some_and(|(k, _)| k == key)) {
+            true => self,
+            false => self.env(key, value),
+        }
+    }
+
+    /// What no system call takes: a NUL, by which a text would end early.
+    ///
+    /// # Errors
+    /// [`Error::Command`] names it; so does a user or group whose number is out of range.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let refused = |text| Error::Command { text };
+        crate::ids::check(&self.user).map_err(refused)?;
+        let all = self.args.iter().map(|t| ("argument", t));
+        let mut all =
+            all.chain(self.env.iter().map(|t| ("variable", t))).chain([("directory", &self.cwd)]);
+        match all.find(|(_, text)| text.contains('\0')) {
+            None => Ok(()),
+            Some((what, text)) => Err(refused(format!("{what} {text:?}: contains a NUL"))),
+        }
     }
 
     /// Its working directory in the guest.
@@ -85,7 +113,9 @@ impl Command {
             Width: columns.into(),
             ..Size::default()
         });
-        let user = User { Username: self.user.clone(), ..User::default() };
+        // By its number, so that its groups are looked up as another's are.
+        let name = if self.user.is_empty() { ROOT } else { &self.user };
+        let user = User { Username: name.to_string(), ..User::default() };
         Process {
             Terminal: self.terminal.is_some(),
             ConsoleSize: size.into(),
@@ -125,7 +155,7 @@ fn mounts(own: bool) -> Vec<Mount> {
         ("/proc", "proc", "nosuid,noexec,nodev"),
         ("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
         ("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
-        ("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777"),
+        ("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777,size=65536k"),
         ("/sys", "sysfs", "nosuid,noexec,nodev"),
         ("/sys/fs/cgroup", "cgroup2", "nosuid,noexec,nodev,relatime"),
     ];
@@ -156,6 +186,24 @@ mod tests {
         assert_eq!((p.Cwd.as_str(), p.User.Username.as_str()), ("/tmp", "1:2"));
         assert_eq!(p.ConsoleSize.Width, 80);
         assert_eq!(spec.Mounts.len(), 6);
-        assert_eq!(Command::new("x").spec("/").Mounts.len(), 1);
+        let plain = Command::new("x").spec("/");
+        assert_eq!(plain.Mounts.len(), 1);
+        assert_eq!(plain.Process.User.Username, "0");
+    }
+
+    #[test]
+    fn a_variable_has_one_value_the_last() {
+        let c = Command::new("x").env("A", "1").env("AB", "2").env("A", "3").env_or("A", "4");
+        assert_eq!(c.env_or("C", "5").env, ["AB=2", "A=3", "C=5"]);
+    }
+
+    #[test]
+    fn what_no_system_call_takes_is_refused_by_name() {
+        let refused = |c: Command| c.check().unwrap_err().to_string();
+        assert!(refused(Command::new("a\0b")).contains("\"a\\0b\""));
+        assert!(refused(Command::new("a").env("K", "\0")).contains("variable"));
+        assert!(refused(Command::new("a").workdir("/\0")).contains("directory"));
+        assert!(refused(Command::new("a").user("4294967295")).contains("4294967295"));
+        Command::new("a").user("7:8").check().unwrap();
     }
 }

@@ -16,6 +16,7 @@ use std::path::Path;
 use nix::sys::stat::SFlag;
 
 use super::{Error, Guest};
+use crate::ids::{halves, named, Named};
 use crate::proto::agent::CopyFileRequest;
 use crate::proto::oci::{LinuxCapabilities, LinuxResources, Process, Spec, User};
 use crate::tree::{self, walk, MAX_DEPTH};
@@ -160,7 +161,7 @@ fn send(
 /// Changes a specification to what Kata's agents understand.
 ///
 /// # Errors
-/// [`Error::Copy`] with what they do not: a user by name.
+/// [`Error::Command`] with what they do not: a user by name.
 pub fn adapt(spec: &mut Spec) -> Result<(), Error> {
     spec.Mounts.retain(|m| m.destination != NOT_THEIRS);
     if let Some(process) = spec.Process.as_mut() {
@@ -191,14 +192,16 @@ pub fn adapt_process(process: &mut Process) -> Result<(), Error> {
 
 /// `user[:group]` in numbers.
 fn numbers(text: &str) -> Result<User, Error> {
-    let (user, group) = text.split_once(':').unwrap_or((text, ""));
-    let number = |t: &str| match t {
-        "" => Ok(0),
-        t => t.parse::<u32>().map_err(|_| Error::Copy {
+    let (user, group) = halves(text);
+    let number = |what, given: Option<&str>| match given.map(|t| named(what, t)).transpose() {
+        Ok(None) => Ok(0),
+        Ok(Some(Named::Number(n))) => Ok(n),
+        Ok(Some(Named::Name(_))) => Err(Error::Command {
             text: format!("user {text:?}: an agent of Kata's knows users and groups by number"),
         }),
+        Err(text) => Err(Error::Command { text }),
     };
-    Ok(User { UID: number(user)?, GID: number(group)?, ..User::default() })
+    Ok(User { UID: number("user", user)?, GID: number("group", group)?, ..User::default() })
 }
 
 #[cfg(test)]

@@ -21,14 +21,14 @@ use crate::daemon::{assert_nothing_left, prepared, qemus, wait_for, Dir, Options
 use crate::require_qemu;
 
 /// A VM of the test's own, without a server.
-fn boot(dir: &Dir) -> Guest {
+pub fn boot(dir: &Dir) -> Guest {
     let options = Options::pool(&prepared().unwrap(), 1);
     let config = Config::parse(Path::new("test.toml"), &options.text(&dir.0)).unwrap();
     let (vm, agent) = direct::cold(&config, &Wanted::default(), true, &|_| {}).unwrap();
     Guest::new(vm, agent)
 }
 
-fn output(guest: &Guest, script: &str) -> String {
+pub fn output(guest: &Guest, script: &str) -> String {
     let running = guest.exec(&Command::new("sh").arg("-c").arg(script)).unwrap();
     let mut text = String::new();
     running.stdout().read_to_string(&mut text).unwrap();
