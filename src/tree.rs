@@ -5,7 +5,10 @@
 //! | [`pack`]    | a tree becomes a stream: on the host for a guest, in the guest for its host |
 //! | [`unpack`]  | a stream becomes a tree, with all that a root file system has: in the guest, which trusts its host |
 //! | `extract`   | a stream becomes a tree on the host, which does not trust the guest |
-//! | `reader`    | tar's formats, for `extract`: headers, PAX records (`pax`), holes (`sparse`) |
+//! | `reader`    | tar's formats: headers, PAX records (`pax`), holes (`sparse`) |
+//! | `inode`     | owners, modes, times, extended attributes of what was made |
+//! | `compressed` | archives compressed by gzip, xz, zstd |
+//! | `measure`   | how much room a tree or a tar takes |
 //! | `target`    | where `extract` writes: a directory that nothing leads out of |
 //! | `walk`      | directories and files opened one name after the other, for `pack` |
 //!
@@ -19,34 +22,34 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 mod holes;
+mod inode;
 mod pack;
+mod pax;
+mod reader;
+pub(crate) mod refusal;
+mod sparse;
 mod unpack;
 pub(crate) mod walk;
 
 #[cfg(feature = "host")]
 mod budget;
 #[cfg(feature = "host")]
+pub mod compressed;
+#[cfg(feature = "host")]
 pub mod extract;
 #[cfg(feature = "host")]
-mod pax;
-#[cfg(feature = "host")]
-mod reader;
-#[cfg(feature = "host")]
-pub(crate) mod refusal;
-#[cfg(feature = "host")]
-mod sparse;
+pub mod measure;
 #[cfg(feature = "host")]
 mod stop;
 #[cfg(feature = "host")]
 mod target;
 
 pub use pack::{pack, Packed, Sockets};
-pub use unpack::unpack;
+pub use refusal::Why;
+pub use unpack::{unpack, Unpacked};
 
 #[cfg(feature = "host")]
 pub use extract::{extract, Extracted, Policy};
-#[cfg(feature = "host")]
-pub use refusal::Why;
 #[cfg(feature = "host")]
 pub use stop::Stop;
 
@@ -74,8 +77,8 @@ pub enum Error {
     Deep { path: PathBuf },
     /// A socket, which no tar has.
     Socket { path: PathBuf },
-    /// What a guest sent is not written on this host.
-    #[cfg(feature = "host")]
+    /// What came is not written: it is not understood, or comes out of a guest and is not
+    /// what a guest may send.
     Refused { name: PathBuf, why: Why },
     /// Somebody asked for the end ([`Stop`]).
     #[cfg(feature = "host")]
@@ -107,7 +110,6 @@ impl fmt::Display for Error {
             Error::Socket { path } => {
                 write!(f, "pack {}: it is a socket, which cannot be copied", path.display())
             }
-            #[cfg(feature = "host")]
             Error::Refused { name, why } => write!(f, "{}: {why}", name.display()),
             #[cfg(feature = "host")]
             Error::Stopped => f.write_str("interrupted"),

@@ -16,27 +16,20 @@
 //! [`MAX_NAMES`]: super::MAX_NAMES
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use nix::fcntl::AtFlags;
-use nix::sys::stat::{
-    fchmod, fchmodat, fstat, futimens, makedev, mknodat, utimensat, FchmodatFlags, Mode, SFlag,
-    UtimensatFlags,
-};
-use nix::sys::time::TimeSpec;
-use nix::unistd::{fchown, fchownat, Gid, Uid};
-use xattr::FileExt as _;
+use nix::sys::stat::{fchmod, fstat, makedev, mknodat, Mode, SFlag};
 
 use super::budget::{room, Budget};
+use super::inode::{Lost, Meta};
 use super::reader::{path as shown, Entry, Kind, Reader};
 use super::target::{Name, Target};
-use super::walk::{by_proc, identity};
+use super::walk::identity;
 use super::{io_at, Error, Stop, Why};
 
 /// Most bytes of names and attributes of directories that are kept until the end.
@@ -83,7 +76,7 @@ pub struct Extracted {
     pub bytes: u64,
     /// Extended attributes that the target's file system does not take: the first one's
     /// file and name, and how many.
-    pub lost: Option<(PathBuf, String, u64)>,
+    pub lost: Lost,
 }
 
 /// Extracts a stream below `target`, to its end.
@@ -121,15 +114,6 @@ struct Directory {
     meta: Meta,
 }
 
-/// What an inode is to be beside its content.
-#[derive(Clone)]
-struct Meta {
-    mode: u32,
-    owner: (Uid, Gid),
-    changed: TimeSpec,
-    attributes: Vec<(Vec<u8>, Vec<u8>)>,
-}
-
 struct Work<'a> {
     target: Target,
     budget: Budget,
@@ -138,7 +122,7 @@ struct Work<'a> {
     directories: Vec<Directory>,
     /// Bytes of those.
     kept: usize,
-    lost: Option<(PathBuf, String, u64)>,
+    lost: Lost,
     chunk: Vec<u8>,
 }
 
@@ -194,8 +178,13 @@ impl Work<'_> {
         }
         match self.policy.archive {
             true => {
-                let meta = meta(entry).map_err(refuse)?;
-                self.adorn(dir, &name, &meta, entry.kind == Kind::Symlink)
+                let meta = Meta::of(entry).map_err(refuse)?;
+                meta.give_at(
+                    (dir, name.base()),
+                    &name.path(),
+                    entry.kind == Kind::Symlink,
+                    &mut self.lost,
+                )
             }
             false => Ok(()),
         }
@@ -227,11 +216,10 @@ impl Work<'_> {
             return Ok(());
         }
         let meta = match self.policy.archive {
-            true => meta(entry).map_err(refuse)?,
+            true => Meta::of(entry).map_err(refuse)?,
             false => Meta { mode, ..Meta::none() },
         };
-        let attributes = meta.attributes.iter().map(|(k, v)| k.len() + v.len());
-        let size = size_of::<Directory>() + 2 * path.as_os_str().len() + attributes.sum::<usize>();
+        let size = size_of::<Directory>() + 2 * path.as_os_str().len() + meta.bytes();
         self.kept += size;
         if self.kept > MAX_KEPT {
             return Err(refuse(Why::TooManyDirectories));
@@ -293,63 +281,11 @@ impl Work<'_> {
         }
         if self.policy.archive {
             let refuse = |why| Error::Refused { name: path.to_path_buf(), why };
-            let meta = meta(entry).map_err(refuse)?;
-            return self.adorn_open(file, path, &meta);
+            let meta = Meta::of(entry).map_err(refuse)?;
+            return meta.give(file, path, &mut self.lost);
         }
         let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);
         fchmod(file, mode).map_err(|e| failed(e.into()))
-    }
-
-    /// Gives what is open its owner, mode, attributes and time, in the order in which none
-    /// takes another one back.
-    fn adorn_open(&mut self, file: &File, path: &Path, meta: &Meta) -> Result<(), Error> {
-        let failed = |e: io::Error| io_at("set owner, mode and time of", path)(e);
-        fchown(file, Some(meta.owner.0), Some(meta.owner.1)).map_err(|e| failed(e.into()))?;
-        fchmod(file, Mode::from_bits_truncate(meta.mode)).map_err(|e| failed(e.into()))?;
-        for (key, value) in &meta.attributes {
-            let set = file.set_xattr(OsStr::from_bytes(key), value);
-            self.attribute(set, path, key)?;
-        }
-        futimens(file, &meta.changed, &meta.changed).map_err(|e| failed(e.into()))
-    }
-
-    /// The same for what cannot be opened.
-    fn adorn(
-        &mut self,
-        dir: BorrowedFd<'_>,
-        name: &Name,
-        meta: &Meta,
-        link: bool,
-    ) -> Result<(), Error> {
-        let (path, base) = (name.path(), name.base());
-        let failed = |e: nix::Error| io_at("set owner, mode and time of", &path)(e.into());
-        let (user, group) = meta.owner;
-        fchownat(dir, base, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW)
-            .map_err(failed)?;
-        if !link {
-            let mode = Mode::from_bits_truncate(meta.mode);
-            fchmodat(dir, base, mode, FchmodatFlags::NoFollowSymlink).map_err(failed)?;
-        }
-        for (key, value) in &meta.attributes {
-            let set = xattr::set(by_proc(dir, base), OsStr::from_bytes(key), value);
-            self.attribute(set, &path, key)?;
-        }
-        let flags = UtimensatFlags::NoFollowSymlink;
-        utimensat(dir, base, &meta.changed, &meta.changed, flags).map_err(failed)
-    }
-
-    /// A file system that has no such attributes is no reason to copy nothing, but one to
-    /// be told.
-    fn attribute(&mut self, set: io::Result<()>, path: &Path, key: &[u8]) -> Result<(), Error> {
-        match set {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-                let name = String::from_utf8_lossy(key).into_owned();
-                self.lost.get_or_insert((path.to_path_buf(), name, 0)).2 += 1;
-                Ok(())
-            }
-            Err(e) => Err(io_at("set an extended attribute of", path)(e)),
-        }
     }
 
     /// Makes directories what they are to be, the inner ones first.
@@ -363,7 +299,7 @@ impl Work<'_> {
             let path = directory.name.path();
             let opened = self.reopen(directory).map_err(io_at("set the mode of", &path))?;
             match self.policy.archive {
-                true => self.adorn_open(&opened, &path, &directory.meta)?,
+                true => directory.meta.give(&opened, &path, &mut self.lost)?,
                 false => fchmod(&opened, Mode::from_bits_truncate(directory.meta.mode))
                     .map_err(|e| io_at("set the mode of", &path)(e.into()))?,
             }
@@ -387,32 +323,6 @@ impl Work<'_> {
             false => Err(io::Error::other("another directory has its name now")),
         }
     }
-}
-
-impl Meta {
-    fn none() -> Meta {
-        let changed = TimeSpec::new(0, 0);
-        Meta { mode: 0, owner: (Uid::effective(), Gid::effective()), changed, attributes: vec![] }
-    }
-}
-
-/// All that an entry says of its inode.
-fn meta(entry: &Entry) -> Result<Meta, Why> {
-    let narrow = |n: u64| {
-        // The largest one means: leave it.
-        let id = u32::try_from(n).ok().filter(|id| *id != u32::MAX);
-        id.ok_or_else(|| Why::Malformed(format!("owner {n}")))
-    };
-    let attributes = entry.records.all().filter_map(|(key, value)| {
-        let name = key.strip_prefix(b"SCHILY.xattr.")?;
-        Some((name.to_vec(), value.to_vec()))
-    });
-    Ok(Meta {
-        mode: entry.mode,
-        owner: (Uid::from_raw(narrow(entry.owner.0)?), Gid::from_raw(narrow(entry.owner.1)?)),
-        changed: TimeSpec::new(entry.changed.0, entry.changed.1.into()),
-        attributes: attributes.collect(),
-    })
 }
 
 #[cfg(test)]

@@ -17,10 +17,14 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor, FileStat, SFlag};
+use nix::sys::statfs::{fstatfs, FsType};
 use tar::{Builder, EntryType, Header};
 use xattr::FileExt as _;
 
 use super::{holes, io_at, walk, Error, MAX_DEPTH};
+
+/// The file system of the kernel's objects (linux/magic.h).
+const SYSFS_MAGIC: FsType = FsType(0x6265_6572);
 
 /// What becomes of sockets, which no tar has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +49,7 @@ impl Packed {
         let path = self.grown.as_ref()?.display();
         Some(format!(
             "pack {path}: it has more bytes than its size said when it was opened, and only as \
-             many as that were copied: it became longer meanwhile, or is a file of the kernel's \
-             that has no size"
+             many as that were copied: it became longer meanwhile"
         ))
     }
 }
@@ -104,7 +107,7 @@ impl Packer<'_> {
             SFlag::S_IFDIR => {
                 let opened = walk::open_directory(dir, base, &seen).map_err(&failed)?;
                 let opened = File::from(opened);
-                self.attributes(|| opened.list_xattr(), |n| opened.get_xattr(n))
+                self.records(&seen, || opened.list_xattr(), |n| opened.get_xattr(n))
                     .map_err(&failed)?;
                 let mut header = header(&seen, EntryType::Directory);
                 self.builder.append_data(&mut header, name, io::empty()).map_err(&failed)?;
@@ -115,8 +118,11 @@ impl Packer<'_> {
                 self.file(file, &stat, path, name)
             }
             kind => {
+                if self.linked(&seen, name).map_err(&failed)? {
+                    return Ok(());
+                }
                 let by_proc = walk::by_proc(dir, base);
-                self.attributes(|| xattr::list(&by_proc), |n| xattr::get(&by_proc, n))
+                self.records(&seen, || xattr::list(&by_proc), |n| xattr::get(&by_proc, n))
                     .map_err(&failed)?;
                 self.special(kind, &seen, walk::read_link(dir, base), name).map_err(&failed)
             }
@@ -147,16 +153,16 @@ impl Packer<'_> {
         name: &Path,
     ) -> Result<(), Error> {
         let failed = io_at("pack", path);
-        // Of files alone: a link to a link, or to a device, is something that not every
-        // tar makes.
-        if stat.st_nlink > 1 {
-            if let Some(first) = self.links.get(&walk::identity(stat)) {
-                let mut header = header(stat, EntryType::Link);
-                return self.builder.append_link(&mut header, name, first).map_err(&failed);
-            }
-            self.links.insert(walk::identity(stat), name.to_path_buf());
+        if self.linked(stat, name).map_err(&failed)? {
+            return Ok(());
         }
-        self.attributes(|| file.list_xattr(), |n| file.get_xattr(n)).map_err(&failed)?;
+        let sizeless = sizeless(&mut file, stat).map_err(&failed)?;
+        self.records(stat, || file.list_xattr(), |n| file.get_xattr(n)).map_err(&failed)?;
+        if let Some(bytes) = sizeless {
+            let mut header = header(stat, EntryType::Regular);
+            header.set_size(bytes.len() as u64);
+            return self.builder.append_data(&mut header, name, bytes.as_slice()).map_err(&failed);
+        }
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         let allocated = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
         let pieces = (allocated < size).then(|| holes::pieces(&file, size)).flatten();
@@ -184,7 +190,6 @@ impl Packer<'_> {
                 added.map_err(|e| short(e, path, size, size - left))?;
             }
         }
-        // Files of /proc, too, which have no size and something to read.
         if file.read_at(&mut [0], size).is_ok_and(|n| n > 0) {
             self.packed.grown.get_or_insert_with(|| path.to_path_buf());
         }
@@ -218,23 +223,71 @@ impl Packer<'_> {
         self.builder.append_data(&mut header, name, io::empty())
     }
 
-    /// Extended attributes go before the entry, as records of their own.
-    fn attributes(
+    /// Adds one more name of what was packed before, of any kind; false for what was not.
+    fn linked(&mut self, stat: &FileStat, name: &Path) -> io::Result<bool> {
+        if stat.st_nlink < 2 {
+            return Ok(false);
+        }
+        let Some(first) = self.links.get(&walk::identity(stat)) else {
+            self.links.insert(walk::identity(stat), name.to_path_buf());
+            return Ok(false);
+        };
+        let mut header = header(stat, EntryType::Link);
+        self.builder.append_link(&mut header, name, first).map(|()| true)
+    }
+
+    /// What a header has no place for goes before the entry, as records of its own:
+    /// extended attributes, and of the time parts of a second, and what was before 1970.
+    fn records(
         &mut self,
+        stat: &FileStat,
         list: impl FnOnce() -> io::Result<xattr::XAttrs>,
         get: impl Fn(&OsStr) -> io::Result<Option<Vec<u8>>>,
     ) -> io::Result<()> {
-        let Ok(names) = list() else { return Ok(()) };
         let mut records = Vec::new();
-        for name in names {
+        for name in list().into_iter().flatten() {
             let Ok(Some(value)) = get(&name) else { continue };
             records.push((format!("SCHILY.xattr.{}", name.to_string_lossy()), value));
+        }
+        if stat.st_mtime < 0 || stat.st_mtime_nsec != 0 {
+            let time = pax_time(stat.st_mtime, stat.st_mtime_nsec);
+            records.push(("mtime".to_string(), time.into_bytes()));
         }
         if records.is_empty() {
             return Ok(());
         }
         let records = records.iter().map(|(k, v)| (k.as_str(), v.as_slice()));
         self.builder.append_pax_extensions(records)
+    }
+}
+
+/// A time as PAX writes it: a decimal number, the sign before all of it.
+fn pax_time(seconds: i64, billionths: i64) -> String {
+    match (seconds < 0, billionths) {
+        (_, 0) => seconds.to_string(),
+        (false, n) => format!("{seconds}.{n:09}"),
+        (true, n) => format!("-{}.{:09}", -(seconds + 1), 1_000_000_000 - n),
+    }
+}
+
+/// Most bytes of a file that has no size.
+const MAX_SIZELESS: u64 = 64 << 20;
+
+/// All of a file whose size does not say how much there is to read: the kernel's own in
+/// /proc have none, those in /sys a page.
+fn sizeless(file: &mut File, stat: &FileStat) -> io::Result<Option<Vec<u8>>> {
+    let sys = || fstatfs(&*file).is_ok_and(|s| s.filesystem_type() == SYSFS_MAGIC);
+    if stat.st_size != 0 && !sys() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    Read::take(&mut *file, MAX_SIZELESS + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 {
+        n if n > MAX_SIZELESS => {
+            let text = format!("it has no size, and over {MAX_SIZELESS} bytes to read");
+            Err(io::Error::other(text))
+        }
+        _ => Ok(Some(bytes)),
     }
 }
 
@@ -271,5 +324,18 @@ fn short(source: io::Error, path: &Path, size: u64, read: u64) -> Error {
     match source.kind() {
         io::ErrorKind::UnexpectedEof => Error::Shrunk { path: path.to_path_buf(), size, read },
         _ => Error::Io { during: "pack", path: path.to_path_buf(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pax_time;
+
+    #[test]
+    fn times_are_written_as_pax_reads_them() {
+        assert_eq!(pax_time(12, 500_000_000), "12.500000000");
+        assert_eq!(pax_time(-2, 750_000_000), "-1.250000000");
+        assert_eq!(pax_time(-1, 750_000_000), "-0.250000000");
+        assert_eq!(pax_time(-7, 0), "-7");
     }
 }

@@ -1,6 +1,6 @@
-//! Tar's formats, read from a guest: v7, ustar, GNU's, PAX.
+//! Tar's formats: v7, ustar, GNU's, PAX, read from a guest, or from a host by its guest.
 //!
-//! Invariants: what two readers may take for different things is an error (data of what
+//! Invariants: of a guest, what two readers may take for different things is an error (data of what
 //! is no file, two long names, a global header that names something); an entry's headers
 //! are at most [`MAX_NAMES`] bytes, all of them at most [`MAX_HEADERS`], and nothing else
 //! is kept.
@@ -76,6 +76,8 @@ pub struct Reader<'a> {
     /// Bytes of headers so far; of them, those of this entry.
     headers: (u64, u64),
     ended: bool,
+    /// Whether what is odd, and has one meaning for GNU tar, is read as that.
+    trusting: bool,
 }
 
 /// What comes before an entry and is about it.
@@ -115,7 +117,14 @@ pub fn path(name: &[u8]) -> PathBuf {
 impl<'a> Reader<'a> {
     /// Of this stream.
     pub fn new(stream: &'a mut dyn Read) -> Reader<'a> {
-        Reader { stream, left: 0, fill: 0, headers: (0, 0), ended: false }
+        Reader { stream, left: 0, fill: 0, headers: (0, 0), ended: false, trusting: false }
+    }
+
+    /// Of this stream, whose writer is trusted: data of what is no file is dropped, a volume's
+    /// name, too; a kind of entry that is not known is a file, as POSIX says; anything may
+    /// follow the end.
+    pub fn trusting(stream: &'a mut dyn Read) -> Reader<'a> {
+        Reader { trusting: true, ..Reader::new(stream) }
     }
 
     /// The next entry, `None` at the end.
@@ -158,6 +167,12 @@ impl<'a> Reader<'a> {
                     before.records = Some(records.map_err(|why| malformed(header.name(), why))?);
                 }
                 b'g' => self.global(header.size()?)?,
+                // GNU's name of a volume.
+                b'V' if self.trusting => {
+                    let size = header.size()?;
+                    (self.left, self.fill) = (size, fill_of(size));
+                    self.skip()?;
+                }
                 _ => return self.entry(&block, before).map(Some),
             }
         }
@@ -212,7 +227,7 @@ impl<'a> Reader<'a> {
                 0 => return Ok(()),
                 n => seen += n as u64,
             }
-            if seen > MAX_TRAILER {
+            if seen > MAX_TRAILER && !self.trusting {
                 let why = format!("over {MAX_TRAILER} bytes follow its end");
                 return Err(malformed(b"", why));
             }
@@ -295,8 +310,15 @@ impl<'a> Reader<'a> {
         let bad = |why: String| malformed(&name, why);
         let stored = records.number("size").map_err(bad)?;
         let stored = stored.map_or_else(|| header.size(), Ok)?;
-        let kind = header.kind(&name, stored)?;
-        if kind != Kind::File && stored > 0 {
+        let kind = match header.kind(&name, stored) {
+            Err(_) if self.trusting => match block[156] {
+                // GNU's list of what was in a directory.
+                b'D' => Kind::Directory,
+                _ => Kind::File,
+            },
+            kind => kind?,
+        };
+        if kind != Kind::File && stored > 0 && !self.trusting {
             return Err(bad(format!("{stored} bytes of data of what is no file")));
         }
         // What is added to it later fits, whatever it is.

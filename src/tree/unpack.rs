@@ -1,24 +1,57 @@
 //! A stream becomes a tree, with owners, modes, times, links, devices and extended
-//! attributes: in a guest, from its host, which it trusts.
+//! attributes: in a guest, from its host, which it trusts; as GNU tar would make it of the
+//! same stream, with the target as its `/`.
 //!
-//! Invariants: nothing is written outside the target: a name that leaves it ends it with
-//! an error; no more of a stream is kept in memory than [`MAX_NAMES`] bytes, and the names
-//! of the directories that it makes.
+//! Invariants: nothing is written outside the target: a name that leads up is an error,
+//! and links are followed as if the target were `/`; of a stream no more is kept in memory
+//! than an entry's names ([`MAX_NAMES`](super::MAX_NAMES)), and names and attributes of the
+//! directories that it makes ([`MAX_KEPT`]).
 //!
 //! Does not: defend the host against a guest; that is `extract`.
 
-use std::cell::Cell;
-use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Read};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{chown, PermissionsExt};
-use std::path::{Component, Path};
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
 
-use nix::sys::stat::{makedev, mknod, Mode, SFlag};
-use tar::{Archive, EntryType, Header};
+use nix::errno::Errno;
+use nix::fcntl::{openat, openat2, AtFlags, OFlag, OpenHow, ResolveFlag};
+use nix::sys::stat::{fstat, makedev, mkdirat, mknodat, Mode, SFlag};
+use nix::unistd::{linkat, symlinkat, unlinkat, UnlinkatFlags};
 
-use super::{io_at, Error, MAX_NAMES};
+use super::inode::{Lost, Meta};
+use super::reader::{path as shown, Entry, Kind, Reader};
+use super::walk::{identity, kind, look};
+use super::{io_at, Error, Why};
+
+/// Most bytes of names and attributes of directories that are kept until the end.
+const MAX_KEPT: usize = 64 << 20;
+/// Bytes that are written at once.
+const CHUNK: usize = 128 * 1024;
+/// What a directory has that no entry told of.
+const UNTOLD: Mode = Mode::from_bits_truncate(0o755);
+
+/// What became of a stream that was unpacked.
+#[derive(Debug, Default)]
+pub struct Unpacked {
+    /// Extended attributes that the target's file system does not take.
+    pub lost: Lost,
+}
+
+impl Unpacked {
+    /// That in a sentence, if there is anything.
+    pub fn complaint(&self) -> Option<String> {
+        let (path, name, n) = self.lost.as_ref()?;
+        let path = path.display();
+        Some(format!(
+            "unpack {path}: its file system does not take the extended attribute {name}: left \
+             out, as {n} in all"
+        ))
+    }
+}
 
 /// Unpacks a tar stream into `target`, to its end.
 ///
@@ -27,122 +60,254 @@ use super::{io_at, Error, MAX_NAMES};
 ///
 /// # Errors
 /// [`Error`]; what was unpacked until then stays.
-pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<(), Error> {
+pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<Unpacked, Error> {
     fs::create_dir_all(target).map_err(io_at("create", target))?;
-    let root = fs::canonicalize(target).map_err(io_at("find", target))?;
-    let left = Cell::new(None);
-    let mut archive = Archive::new(Metered { stream, left: &left });
-    archive.set_preserve_permissions(true);
-    archive.set_preserve_ownerships(owners);
-    archive.set_unpack_xattrs(true);
-    archive.set_preserve_mtime(true);
-    let mut directories = BTreeMap::new();
-    let mut entries = archive.entries().map_err(|source| Error::Stream { source })?;
-    loop {
-        left.set(Some(MAX_NAMES));
-        let Some(entry) = entries.next() else { break };
-        left.set(None);
-        let mut entry = entry.map_err(|source| Error::Stream { source })?;
-        let name = entry.path().map_err(|source| Error::Stream { source })?.into_owned();
-        let failed = io_at("unpack", &name);
-        if !plain(&name) {
-            return Err(Error::Escape { name: name.clone() });
-        }
-        let kind = entry.header().entry_type();
-        match kind {
-            EntryType::Char | EntryType::Block | EntryType::Fifo => {
-                special(&root, &name, entry.header(), owners)?;
-                io::copy(&mut entry, &mut io::sink()).map_err(|source| Error::Stream { source })?;
-                continue;
-            }
-            // A directory keeps owner and mode only when nothing follows in it.
-            EntryType::Directory => {
-                let header = entry.header();
-                let mode = header.mode().map_err(&failed)?;
-                directories.insert(name.clone(), (mode, owner(header).map_err(&failed)?));
-            }
-            _ => {}
-        }
-        let inside = entry.unpack_in(&root).map_err(&failed)?;
-        if !inside {
-            return Err(Error::Escape { name: name.clone() });
-        }
-        // What a kind of file has no use for.
-        io::copy(&mut entry, &mut io::sink()).map_err(|source| Error::Stream { source })?;
+    let root = super::walk::open_named(target).map_err(io_at("open", target))?;
+    let mut work = Work {
+        root,
+        owners,
+        here: None,
+        directories: Vec::new(),
+        kept: 0,
+        lost: None,
+        chunk: vec![0; CHUNK],
+    };
+    let mut reader = Reader::trusting(stream);
+    while let Some(entry) = reader.next()? {
+        work.entry(&entry, &mut reader)?;
     }
-    left.set(None);
-    for (name, (mode, (uid, gid))) in directories.iter().rev() {
-        // Resolved again: an entry may have put a link in the directory's place.
-        let path = match fs::canonicalize(root.join(name)) {
-            Ok(path) if path.starts_with(&root) => path,
-            _ => return Err(Error::Escape { name: name.clone() }),
+    work.finish()
+}
+
+/// What a directory is to be in the end: what is made in it changes its time, and its mode
+/// may forbid just that.
+struct Directory {
+    name: PathBuf,
+    identity: (u64, u64),
+    meta: Meta,
+}
+
+struct Work {
+    root: OwnedFd,
+    owners: bool,
+    /// The directory that was used last: most entries are in the one before's.
+    here: Option<(PathBuf, OwnedFd)>,
+    directories: Vec<Directory>,
+    kept: usize,
+    lost: Lost,
+    chunk: Vec<u8>,
+}
+
+/// A name below the target: its directories and itself; the latter is empty for the
+/// target.
+fn parse(name: &[u8]) -> Result<PathBuf, Error> {
+    let escape = || Error::Escape { name: shown(name) };
+    if name.contains(&0) {
+        return Err(escape());
+    }
+    let mut out = PathBuf::new();
+    for part in Path::new(OsStr::from_bytes(name)).components() {
+        match part {
+            Component::Normal(part) => out.push(part),
+            // As tar itself: a name that begins with `/` is one below the target.
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(escape()),
+        }
+    }
+    Ok(out)
+}
+
+impl Work {
+    fn entry(&mut self, entry: &Entry, reader: &mut Reader<'_>) -> Result<(), Error> {
+        let name = parse(&entry.name)?;
+        let refuse = |why| Error::Refused { name: name.clone(), why };
+        let mut meta = Meta::of(entry).map_err(refuse)?;
+        meta.owner = meta.owner.filter(|_| self.owners);
+        let Some(base) = name.file_name() else {
+            // The target itself.
+            return match entry.kind {
+                Kind::Directory => self.note(name, meta),
+                _ => Err(Error::Escape { name: shown(&entry.name) }),
+            };
         };
-        let failed = io_at("set owner and mode of", name);
-        if owners {
-            chown(&path, Some(*uid), Some(*gid)).map_err(&failed)?;
+        let dir = self.parent(&name)?;
+        let dir = dir.as_fd();
+        let failed = |e: Errno| io_at("unpack", &name)(e.into());
+        match entry.kind {
+            Kind::Directory => {
+                self.directory(dir, base, &name)?;
+                return self.note(name, meta);
+            }
+            Kind::File => return self.file(entry, reader, (dir, base, &name), &meta),
+            Kind::Link => return self.link(entry, (dir, base, &name)),
+            Kind::Symlink => {
+                let make = || symlinkat(entry.link.as_slice(), dir, base);
+                in_place_of((dir, base), make).map_err(failed)?;
+            }
+            Kind::Character | Kind::Block | Kind::Fifo => {
+                let kind = match entry.kind {
+                    Kind::Character => SFlag::S_IFCHR,
+                    Kind::Block => SFlag::S_IFBLK,
+                    _ => SFlag::S_IFIFO,
+                };
+                let device = makedev(entry.device.0, entry.device.1);
+                let make = || mknodat(dir, base, kind, Mode::S_IRUSR, device);
+                in_place_of((dir, base), make).map_err(failed)?;
+            }
         }
-        fs::set_permissions(&path, fs::Permissions::from_mode(*mode)).map_err(&failed)?;
+        meta.give_at((dir, base), &name, entry.kind == Kind::Symlink, &mut self.lost)
     }
-    // What follows the end mark, so that the sender meets no closed pipe.
-    let mut rest = archive.into_inner();
-    io::copy(&mut rest, &mut io::sink()).map_err(|source| Error::Stream { source })?;
-    Ok(())
-}
 
-/// A stream of which the next entry's names and attributes may have only so much.
-struct Metered<'a> {
-    stream: &'a mut dyn Read,
-    /// Bytes that may still come; `None`: any number, which are written to a file.
-    left: &'a Cell<Option<u64>>,
-}
-
-impl Read for Metered<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(left) = self.left.get() else { return self.stream.read(buffer) };
-        if left == 0 {
-            let text = format!("names and attributes of over {MAX_NAMES} bytes");
-            return Err(io::Error::other(text));
+    /// The directory that a name is in, made if it is not there.
+    fn parent(&mut self, name: &Path) -> Result<OwnedFd, Error> {
+        let parent = name.parent().unwrap_or(Path::new(""));
+        let failed = |e: std::io::Error| io_at("open the directory of", name)(e);
+        if self.here.as_ref().is_none_or(|(at, _)| at != parent) {
+            self.here = None;
+            let opened = match self.within(parent) {
+                Err(Errno::ENOENT) => self.make_parents(parent),
+                opened => opened,
+            };
+            self.here = Some((parent.to_path_buf(), opened.map_err(|e| failed(e.into()))?));
         }
-        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let n = self.stream.read(&mut buffer[..most])?;
-        self.left.set(Some(left - n as u64));
-        Ok(n)
+        let (_, here) = self.here.as_ref().ok_or_else(|| failed(Errno::ENOENT.into()))?;
+        here.try_clone().map_err(failed)
+    }
+
+    /// Opens a directory below the target, which is every link's `/`.
+    fn within(&self, path: &Path) -> nix::Result<OwnedFd> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        openat2(&self.root, path, OpenHow::new().flags(flags).resolve(resolve))
+    }
+
+    fn make_parents(&self, path: &Path) -> nix::Result<OwnedFd> {
+        let mut at = PathBuf::new();
+        let mut dir = self.within(&at)?;
+        for part in path {
+            match mkdirat(&dir, part, UNTOLD) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(e) => return Err(e),
+            }
+            at.push(part);
+            // By its whole name: a part may be a link, which is somebody's directory.
+            dir = self.within(&at)?;
+        }
+        Ok(dir)
+    }
+
+    /// Makes a directory, unless one is there, or a link to one; what else has the name
+    /// goes.
+    fn directory(&mut self, dir: BorrowedFd<'_>, base: &OsStr, name: &Path) -> Result<(), Error> {
+        let failed = |e: Errno| io_at("unpack", name)(e.into());
+        match mkdirat(dir, base, UNTOLD) {
+            Err(Errno::EEXIST) if self.within(name).is_ok() => Ok(()),
+            Err(Errno::EEXIST) => {
+                in_place_of((dir, base), || mkdirat(dir, base, UNTOLD)).map_err(failed)
+            }
+            made => made.map_err(failed),
+        }
+    }
+
+    /// Keeps what a directory is to be; it is usable until then.
+    fn note(&mut self, name: PathBuf, meta: Meta) -> Result<(), Error> {
+        let failed = |e: Errno| io_at("unpack", &name)(e.into());
+        let opened = self.within(&name).map_err(failed)?;
+        let identity = identity(&fstat(&opened).map_err(failed)?);
+        nix::sys::stat::fchmod(&opened, UNTOLD).map_err(failed)?;
+        self.kept += size_of::<Directory>() + name.as_os_str().len() + meta.bytes();
+        if self.kept > MAX_KEPT {
+            return Err(Error::Refused { name, why: Why::TooManyDirectories });
+        }
+        self.directories.push(Directory { name, identity, meta });
+        Ok(())
+    }
+
+    fn file(
+        &mut self,
+        entry: &Entry,
+        reader: &mut Reader<'_>,
+        (dir, base, name): (BorrowedFd<'_>, &OsStr, &Path),
+        meta: &Meta,
+    ) -> Result<(), Error> {
+        let failed = |e: std::io::Error| io_at("unpack", name)(e);
+        let flags =
+            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let make = || openat(dir, base, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let file = File::from(in_place_of((dir, base), make).map_err(|e| failed(e.into()))?);
+        for piece in &entry.pieces {
+            let (mut at, mut left) = (piece.offset, piece.length);
+            while left > 0 {
+                let most = self.chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                let n = reader.read(&mut self.chunk[..most])?;
+                if n == 0 {
+                    // The pieces are as long as the data: this was checked.
+                    return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
+                }
+                file.write_all_at(&self.chunk[..n], at).map_err(failed)?;
+                (at, left) = (at + n as u64, left - n as u64);
+            }
+        }
+        let written = entry.pieces.iter().rev().find(|piece| piece.length > 0);
+        if written.map_or(0, |piece| piece.offset + piece.length) < entry.size {
+            file.set_len(entry.size).map_err(failed)?;
+        }
+        meta.give(&file, name, &mut self.lost)
+    }
+
+    /// Another name of what came before: a file, a link, a device.
+    fn link(
+        &mut self,
+        entry: &Entry,
+        (dir, base, name): (BorrowedFd<'_>, &OsStr, &Path),
+    ) -> Result<(), Error> {
+        let to = parse(&entry.link)?;
+        let failed = |e: Errno| {
+            let e: std::io::Error = e.into();
+            let text = format!("a hard link to {}: {e}", to.display());
+            io_at("unpack", name)(std::io::Error::new(e.kind(), text))
+        };
+        let Some(to_base) = to.file_name() else { return Err(failed(Errno::EISDIR)) };
+        let to_dir = self.within(to.parent().unwrap_or(Path::new(""))).map_err(failed)?;
+        let seen = look(to_dir.as_fd(), to_base).ok();
+        let there = look(dir, base).ok();
+        if let (Some(a), Some(b)) = (seen, there) {
+            if identity(&a) == identity(&b) {
+                return Ok(());
+            }
+        }
+        let make = || linkat(&to_dir, to_base, dir, base, AtFlags::empty());
+        in_place_of((dir, base), make).map_err(failed)
+    }
+
+    /// Makes directories what they are to be, the inner ones first.
+    fn finish(mut self) -> Result<Unpacked, Error> {
+        let mut done = std::collections::HashSet::new();
+        for directory in std::mem::take(&mut self.directories).iter().rev() {
+            // One that another thing has replaced since, or that was told of twice.
+            let Ok(opened) = self.within(&directory.name) else { continue };
+            let failed = |e: Errno| io_at("set owner and mode of", &directory.name)(e.into());
+            let same = identity(&fstat(&opened).map_err(failed)?) == directory.identity;
+            if same && done.insert(directory.identity) {
+                directory.meta.give(&File::from(opened), &directory.name, &mut self.lost)?;
+            }
+        }
+        Ok(Unpacked { lost: self.lost })
     }
 }
 
-/// Whether a name stays below where it is joined to, links aside.
-fn plain(name: &Path) -> bool {
-    let good = |c| matches!(c, Component::Normal(_) | Component::CurDir);
-    name.components().all(good) && !name.as_os_str().as_bytes().contains(&0)
-}
-
-fn owner(header: &Header) -> io::Result<(u32, u32)> {
-    let narrow = |n: u64| u32::try_from(n).map_err(io::Error::other);
-    Ok((narrow(header.uid()?)?, narrow(header.gid()?)?))
-}
-
-/// Devices and pipes, which the tar library leaves out.
-fn special(root: &Path, name: &Path, header: &Header, owners: bool) -> Result<(), Error> {
-    let failed = io_at("make", name);
-    let parent = root.join(name.parent().unwrap_or(Path::new("")));
-    let parent = fs::canonicalize(parent).map_err(&failed)?;
-    let Some(file) = name.file_name().filter(|_| parent.starts_with(root)) else {
-        return Err(Error::Escape { name: name.to_path_buf() });
-    };
-    let path = parent.join(file);
-    let _ = fs::remove_file(&path);
-    let kind = match header.entry_type() {
-        EntryType::Char => SFlag::S_IFCHR,
-        EntryType::Block => SFlag::S_IFBLK,
-        _ => SFlag::S_IFIFO,
-    };
-    let number = |n: io::Result<Option<u32>>| n.ok().flatten().unwrap_or(0).into();
-    let device = makedev(number(header.device_major()), number(header.device_minor()));
-    let mode = header.mode().map_err(&failed)?;
-    mknod(&path, kind, Mode::from_bits_truncate(mode), device).map_err(|e| failed(e.into()))?;
-    if owners {
-        let (uid, gid) = owner(header).map_err(&failed)?;
-        chown(&path, Some(uid), Some(gid)).map_err(&failed)?;
+/// Makes something; what has its name goes first, but for a directory that is not empty.
+fn in_place_of<T>(
+    (dir, base): (BorrowedFd<'_>, &OsStr),
+    make: impl Fn() -> nix::Result<T>,
+) -> nix::Result<T> {
+    match make() {
+        Err(Errno::EEXIST) => {}
+        made => return made,
     }
-    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(&failed)
+    let is_directory = look(dir, base).is_ok_and(|s| kind(&s) == SFlag::S_IFDIR);
+    let how = if is_directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+    unlinkat(dir, base, how)?;
+    make()
 }

@@ -153,7 +153,7 @@ pub fn copy_out(
         true => tree::extract(&mut running.stdout(), target, &what, stop),
         false => {
             let owners = nix::unistd::geteuid().is_root();
-            tree::unpack(&mut running.stdout(), target, owners).map(|()| Extracted::default())
+            tree::unpack(&mut running.stdout(), target, owners).map(|_| Extracted::default())
         }
     };
     if extracted.is_err() {
@@ -183,7 +183,12 @@ struct Ended {
 impl Ended {
     fn result(self) -> Result<(), Error> {
         match self.code {
-            0 => Ok(()),
+            0 => {
+                if !self.text.is_empty() {
+                    log::warn!("the guest's side of the copy: {}", self.text);
+                }
+                Ok(())
+            }
             code if self.text.is_empty() => {
                 Err(Error::Copy { text: format!("the guest's side ended with code {code}") })
             }
