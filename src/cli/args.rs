@@ -11,7 +11,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use attach::Attach;
 pub use setup::{ConfigCommand, Contents, Generate, Guest, GuestBuild, Mkinitrd};
 
+use nix::sys::signal::Signal;
+
 use crate::factory::Wanted;
+use crate::sys::signal::real_time;
 use crate::tree::extract::MAX_ENTRIES;
 
 /// VMs that are booted before anyone asks
@@ -79,7 +82,9 @@ pub enum Command {
     Exec(Exec),
     /// Copy files into a VM (FILE ID:DIR) or out of it (ID:FILE DIR)
     Cp(Cp),
-    /// List the processes of a VM
+    /// Send a signal to a command in a VM that was claimed
+    Kill(Kill),
+    /// List the processes of a VM, each with the name of the command that started it
     Ps(Ps),
     /// Show what the containers of a VM use
     Stats(One),
@@ -157,8 +162,8 @@ pub struct Status {
     #[arg(long, value_name = "FILE", requires = "openmetrics")]
     pub output: Option<PathBuf>,
     /// Do that again every so many seconds, until this is ended
-    #[arg(long, value_name = "SECONDS", requires = "output", value_parser = clap::value_parser!(u64).range(1..=86400))]
-    pub every: Option<u64>,
+    #[arg(long, value_name = "SECONDS", requires = "output", value_parser = some_seconds)]
+    pub every: Option<Duration>,
     /// Print nothing; exit code 1, with the reason, when the server has a stuck thread
     /// (live), or no VM stands ready (ready)
     #[arg(long, value_enum, conflicts_with_all = ["json", "watch", "openmetrics"])]
@@ -187,8 +192,8 @@ pub struct Size {
 
 impl Size {
     /// What to ask a factory for.
-    pub fn within(self, seconds: u64) -> Wanted {
-        let within = Some(Duration::from_secs(seconds));
+    pub fn within(self, within: Duration) -> Wanted {
+        let within = Some(within);
         Wanted { cpus: self.cpus, memory_mib: self.memory, within }
     }
 }
@@ -216,28 +221,33 @@ pub struct Get {
     pub label: String,
     #[command(flatten)]
     pub size: Size,
-    /// Seconds to wait for a VM
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    pub wait: u64,
+    /// Seconds to wait for a VM; with 0, only one that stands ready
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub wait: Duration,
 }
 
 #[derive(Args, Debug)]
 pub struct Process {
-    /// Set a variable of the command's environment
-    #[arg(long, short, value_name = "KEY=VALUE")]
+    /// Set a variable of the command's environment; without a value, to the one that it
+    /// has here
+    #[arg(long, short, value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
     /// Working directory in the guest
     #[arg(long, short, value_name = "DIR", default_value = "/")]
     pub workdir: String,
     /// User to run as: name or number, and group, as the guest knows them
-    #[arg(long, short, value_name = "USER[:GROUP]")]
+    #[arg(long, short, value_name = "USER[:GROUP]", allow_hyphen_values = true)]
     pub user: Option<String>,
     /// Give the command a terminal: this one, raw
     #[arg(long, short)]
     pub tty: bool,
-    /// End the command after so many seconds, with exit code 124
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<u64>,
+    /// Read no standard input, as `ssh -n`: the command's is at its end
+    #[arg(long, short = 'n', conflicts_with = "tty")]
+    pub no_stdin: bool,
+    /// End the command after so many seconds, with exit code 124. They begin before its
+    /// start in the guest, and after the wait for a VM and for a root file system
+    #[arg(long, value_name = "SECONDS", value_parser = some_seconds)]
+    pub timeout: Option<Duration>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -258,9 +268,9 @@ pub struct Run {
     /// Boot a VM now instead of taking one from the pool
     #[arg(long)]
     pub cold: bool,
-    /// Seconds to wait for a VM
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    pub wait: u64,
+    /// Seconds to wait for a VM; with 0, only one that stands ready
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub wait: Duration,
     #[command(flatten)]
     pub process: Process,
 }
@@ -271,6 +281,44 @@ pub struct Exec {
     pub id: String,
     #[command(flatten)]
     pub process: Process,
+}
+
+#[derive(Args, Debug)]
+pub struct Kill {
+    /// The VM: its id, or the beginning of it
+    pub id: String,
+    /// The signal: a name, with or without SIG, such as TERM or RTMIN+3, or its number
+    #[arg(long, short, value_name = "SIGNAL", default_value = "TERM", value_parser = signal)]
+    pub signal: i32,
+    /// A command of `vmcache exec`, by its name in `vmcache ps` [default: that of
+    /// `vmcache run`]
+    #[arg(long, value_name = "EXEC")]
+    pub exec: Option<String>,
+}
+
+/// Number of a signal, by its number or name.
+fn signal(text: &str) -> Result<i32, String> {
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let (first, last) = (*real_time().start(), *real_time().end());
+    let offset = |prefix: &str| match name.strip_prefix(prefix)? {
+        "" => Some(0),
+        rest => rest.parse::<i32>().ok(),
+    };
+    let number = match (name.parse::<i32>(), offset("RTMIN"), offset("RTMAX")) {
+        (Ok(number), ..) => Some(number).filter(|n| (1..=last).contains(n)),
+        (_, Some(n), _) => Some(first + n).filter(|n| (first..=last).contains(n)),
+        (_, _, Some(n)) => Some(last + n).filter(|n| (first..=last).contains(n)),
+        _ => match name {
+            "CLD" => Some(Signal::SIGCHLD as i32),
+            "IOT" => Some(Signal::SIGABRT as i32),
+            "POLL" => Some(Signal::SIGIO as i32),
+            _ => format!("SIG{name}").parse::<Signal>().ok().map(|s| s as i32),
+        },
+    };
+    number.ok_or_else(|| {
+        format!("a signal's number, 1 to {last}, or name, such as TERM, KILL, RTMIN+3 or RTMAX-1")
+    })
 }
 
 #[derive(Args, Debug)]
@@ -291,6 +339,30 @@ pub struct Cp {
     /// Copy no more files, directories and links than this out of a VM
     #[arg(long, value_name = "N", default_value_t = MAX_ENTRIES)]
     pub max_entries: u64,
+}
+
+/// Most seconds of any option: a year.
+const MAX_SECONDS: f64 = 31_536_000.0;
+
+/// A time in seconds.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let number = Some(text).filter(|_| plain).and_then(|t| t.parse::<f64>().ok());
+    number
+        .filter(|n| *n <= MAX_SECONDS)
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("a number of seconds, 0 to {MAX_SECONDS}, such as 90 or 1.5"))
+}
+
+/// The same, but for no time at all.
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    let least = Duration::from_millis(1);
+    seconds(text).ok().filter(|t| *t >= least).ok_or_else(|| {
+        format!(
+            "a number of seconds, 0.001 to {MAX_SECONDS}, such as 90 or 1.5; for no limit, \
+                 leave the option out"
+        )
+    })
 }
 
 /// A number of bytes, with K, M, G or T.
@@ -367,8 +439,8 @@ pub struct Bench {
     #[arg(long, value_name = "N", default_value_t = 0, requires = "relay_uid")]
     pub claims: usize,
     /// Also watch the server and its pool do nothing for so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    pub idle: u64,
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
+    pub idle: Duration,
 }
 
 #[derive(Debug, Subcommand)]
@@ -439,6 +511,43 @@ mod tests {
         for text in ["", "G", "-1", "1.5G", "1 G", "+1", "18446744073709551615T", "1Gé"] {
             assert!(size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        let (first, last) = (*real_time().start(), *real_time().end());
+        for (text, number) in [
+            ("TERM", 15),
+            ("SIGTERM", 15),
+            ("term", 15),
+            ("sigkill", 9),
+            ("9", 9),
+            ("STOP", 19),
+            ("cld", 17),
+            ("RTMIN", first),
+            ("SIGRTMIN+3", first + 3),
+            ("RTMAX-1", last - 1),
+            ("64", 64),
+        ] {
+            assert_eq!(signal(text), Ok(number), "{text}");
+        }
+        for text in ["", "SIG", "0", "65", "-9", "TERMX", "RTMIN-1", "RTMAX+1", "RTMINx", "é"] {
+            assert!(signal(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn seconds_have_a_range() {
+        assert_eq!(seconds("0"), Ok(Duration::ZERO));
+        assert_eq!(seconds("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(seconds("31536000"), Ok(Duration::from_secs(31_536_000)));
+        for text in
+            ["", "-1", "+1", "1e3", "inf", "nan", "31536001", "18446744073709551615", "1 ", "."]
+        {
+            assert!(seconds(text).is_err() && some_seconds(text).is_err(), "{text}");
+        }
+        assert!(some_seconds("0").is_err() && some_seconds("0.0001").is_err());
+        assert_eq!(some_seconds("0.001"), Ok(Duration::from_millis(1)));
     }
 
     #[test]

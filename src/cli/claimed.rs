@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{json, Value};
 
-use super::args::{Common, Json, Many, One, Ps};
+use super::args::{Common, Json, Kill, Many, One, Ps};
 use super::output::{age, Failure, FAILED};
 use super::{optional_config, print, Outcome};
 use crate::agent::ListFormat;
@@ -134,6 +134,12 @@ pub fn ps(common: &Common, o: &Ps) -> Outcome {
     } else {
         print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
     }
+    Ok(0)
+}
+
+/// `vmcache kill`.
+pub fn kill(common: &Common, k: &Kill) -> Outcome {
+    with_guest(common, &k.id, |g| Ok(g.signal(k.exec.as_deref(), k.signal)?))?;
     Ok(0)
 }
 

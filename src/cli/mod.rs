@@ -25,6 +25,7 @@ mod proxy;
 mod run;
 mod session;
 mod status;
+mod streams;
 mod template;
 mod terminal;
 
@@ -52,8 +53,7 @@ pub fn main() -> u8 {
             print::usage(e.render().to_string());
             return output::USAGE;
         }
-        // Help, which is ours.
-        Err(e) => e.exit(),
+        Err(e) => return print::help(&e).map_or_else(|failure| failure.report(), |()| 0),
     };
     let result = logging::start(&cli).and_then(|()| dispatch(cli));
     match result {
@@ -102,6 +102,7 @@ fn dispatch(cli: Cli) -> Outcome {
         Command::Run(r) => run::run(&common, &r).map_err(Failure::in_vmcache),
         Command::Exec(e) => run::exec(&common, &e).map_err(Failure::in_vmcache),
         Command::Cp(c) => copy::cp(&common, &c),
+        Command::Kill(k) => claimed::kill(&common, &k),
         Command::Ps(o) => claimed::ps(&common, &o),
         Command::Stats(o) => claimed::stats(&common, &o),
         Command::Pause(o) => claimed::pause(&common, &o),

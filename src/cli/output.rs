@@ -156,6 +156,7 @@ impl From<workload::Error> for Failure {
         let code = match &e {
             workload::Error::NotFound { .. } => NOT_FOUND,
             workload::Error::NotExecutable { .. } => NOT_EXECUTABLE,
+            workload::Error::Command { .. } => USAGE,
             _ => FAILED,
         };
         let remedy = e.lost_vm().map_or(String::new(), ends);

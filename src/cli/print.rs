@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use super::escape;
 use super::output::{self, Failure, FAILED};
+use crate::sys::streams::was_closed;
 
 /// What printing gives.
 pub type Printed = Result<(), Failure>;
@@ -63,9 +64,25 @@ pub fn clear_screen() -> Printed {
     }
 }
 
+/// Prints help, or the version, which are ours and may be bold.
+///
+/// # Errors
+/// As [`line`].
+pub fn help(text: &clap::Error) -> Printed {
+    written(text.print().and_then(|()| io::stdout().flush()))
+}
+
 fn write(text: &str) -> Printed {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| match e.kind() {
+    written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+fn written(done: io::Result<()>) -> Printed {
+    // What was written then went to /dev/null.
+    if was_closed(1) {
+        return Err(Failure::new(FAILED, "write to standard output: it is closed"));
+    }
+    done.map_err(|e| match e.kind() {
         ErrorKind::BrokenPipe => Failure::quiet(),
         _ => Failure::new(FAILED, format!("write to standard output: {e}")),
     })

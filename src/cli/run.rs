@@ -5,6 +5,7 @@
 //! because the server (for a cold one, the kernel) ends it when this process
 //! is gone.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use super::{connect, own_config, print, Outcome};
 use crate::config::options::QEMU;
 use crate::factory::grpccache::{Error, GrpcCache};
 use crate::factory::{direct, Factory, Obtained, Wanted};
+use crate::ids;
 use crate::process::attendant::Role;
 use crate::vm::{Birth, VmConfig};
 use crate::worker::Worker;
@@ -79,23 +81,42 @@ fn command(p: &Process, terminal: Option<&Terminal>) -> Result<Command, Failure>
         p.command.split_first().ok_or_else(|| Failure::new(USAGE, "no command to run"))?;
     let mut command = Command::new(program).args(args).workdir(&p.workdir);
     for pair in &p.env {
-        let (key, value) = pair
-            .split_once('=')
-            .filter(|(k, _)| !k.is_empty())
-            .ok_or_else(|| Failure::new(USAGE, format!("--env {pair:?}: must be KEY=VALUE")))?;
-        command = command.env(key, value);
+        command = variable(command, pair)?;
     }
     if let Some(user) = &p.user {
+        // Before a VM is claimed for it.
+        ids::check(user).map_err(|e| Failure::new(USAGE, format!("--user: {e}")))?;
         command = command.user(user);
     }
     if let Some(terminal) = terminal {
         let (rows, columns) = terminal.size();
         command = command.terminal(rows, columns);
         if let Ok(term) = std::env::var("TERM") {
-            command = command.env("TERM", &term);
+            command = command.env_or("TERM", &term);
         }
     }
     Ok(command)
+}
+
+/// Sets a variable as docker's `-e` does: one without a value has this process's, if
+/// that has one.
+fn variable(command: Command, pair: &str) -> Result<Command, Failure> {
+    let (key, value) = match pair.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_string())),
+        None => (
+            pair,
+            std::env::var_os(pair).map(OsString::into_string).transpose().map_err(|_| {
+                Failure::new(USAGE, format!("--env {pair}: its value is no UTF-8 text"))
+            })?,
+        ),
+    };
+    if key.is_empty() {
+        return Err(Failure::new(USAGE, format!("--env {pair:?}: the variable has no name")));
+    }
+    Ok(match value {
+        Some(value) => command.env(key, &value),
+        None => command,
+    })
 }
 
 /// Runs a command in a VM of its own.
@@ -119,24 +140,18 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         print::message(format!("warning: this VM was booted cold: the pool's differ ({why})"));
     }
     attachments.attach(&mut guest, !r.keep)?;
-    let timeout = r.process.timeout.map(Duration::from_secs);
-    let running = match &r.rootfs {
-        Some(root) if shared(common, &mut guest, root, !r.keep)? => {
-            guest.spawn_in_root(&command)?
-        }
-        Some(root) => {
-            let progress = Progress::start("sending the root file system");
-            send_root(&guest, root)?;
-            drop(progress);
-            guest.spawn_in_root(&command)?
-        }
-        None if attachments.root() => guest.spawn_in_root(&command)?,
-        None => guest.spawn(&command)?,
+    let own_root = bring_root(common, r, &mut guest)? || attachments.root();
+    let (expected, limit) = session.expect(r.process.timeout)?;
+    let running = match own_root {
+        true => guest.spawn_in_root(&command)?,
+        false => guest.spawn(&command)?,
     };
     // A command may take days, and needs no connection; its VM has to be there until the
     // server knows what it was told of it.
     let told = server.map(|server| Worker::spawn("vmc-told", move || drop(server)));
-    let ended = session.attach(&running, terminal, timeout).map_err(Failure::of_ended_vm)?;
+    let input = !r.process.no_stdin;
+    let ended = session.attach(&running, expected, terminal, input, limit);
+    let ended = ended.map_err(Failure::of_ended_vm)?;
     if r.keep {
         session.release();
         if ended.known {
@@ -157,6 +172,16 @@ pub fn run(common: &Common, r: &Run) -> Outcome {
         guest.stop(if ended.known { WRITING_OUT } else { HURRY })?;
     }
     Ok(ended.code)
+}
+
+/// Brings the root file system that was asked for; whether one was.
+fn bring_root(common: &Common, r: &Run, guest: &mut Guest) -> Result<bool, Failure> {
+    let Some(root) = &r.rootfs else { return Ok(false) };
+    if !shared(common, guest, root, !r.keep)? {
+        let _progress = Progress::start("sending the root file system");
+        send_root(guest, root)?;
+    }
+    Ok(true)
 }
 
 /// Shares a root file system with the guest instead of copying it, where the VM was
@@ -211,10 +236,11 @@ pub fn exec(common: &Common, e: &Exec) -> Outcome {
     let terminal = e.process.tty.then(Terminal::open).transpose()?;
     let command = command(&e.process, terminal.as_ref())?;
     let session = Session::start()?;
+    let (expected, limit) = session.expect(e.process.timeout)?;
     let guest = reach(find_vm(common, &e.id)?)?;
-    let timeout = e.process.timeout.map(Duration::from_secs);
+    let input = !e.process.no_stdin;
     let result = guest.exec(&command).map_err(Failure::from).and_then(|running| {
-        let ended = session.attach(&running, terminal, timeout);
+        let ended = session.attach(&running, expected, terminal, input, limit);
         if running.id().exec.is_empty() && ended.as_ref().is_ok_and(|e| e.known) {
             let _ = guest.remove(&running.id().container);
         }

@@ -5,43 +5,58 @@
 //! whose end ends this. A guest that does not answer never holds the terminal:
 //! the second signal, or the time limit, ends this without it.
 
-use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{at, bounded, never, select, Receiver, Sender};
-use nix::sys::signal::{SigSet, Signal};
+use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
 
-use super::output::{Failure, FAILED, TIMED_OUT};
+use super::output::{Failure, FAILED, IN_VMCACHE, TIMED_OUT};
+use super::print;
 use super::run::exit_code;
+use super::streams::{carry_input, carry_output, Carried, Output};
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
+use crate::sys::signal::{real_time, Set};
 use crate::vm::birth::Birth;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::Ledger;
 use crate::worker::{self, Worker};
-use crate::workload::{self, Running, StreamReader};
+use crate::workload::{self, Running};
 
-/// Signals that go to the process in the guest.
-const FORWARDED: [Signal; 6] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-];
-/// Those of them by which a user means: end.
-const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
-/// Bytes read from standard input at once.
-const CHUNK: usize = 256 * 1024;
+use nix::libc::{
+    SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSTOP, SIGTERM, SIGTSTP,
+    SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
+};
+
+/// The largest of the signals that are not real-time ones.
+const LAST_STANDARD: i32 = 31;
+/// Signals that are not passed on: those that cannot be caught, those that tell this
+/// process of its own children and streams, and those by which a shell stops it.
+const KEPT: [i32; 8] = [SIGKILL, SIGSTOP, SIGCHLD, SIGURG, SIGPIPE, SIGTSTP, SIGTTIN, SIGTTOU];
+/// Those by which a user means: end.
+const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+/// Those that do nothing to a process that does not ask for them.
+const IDLE: [i32; 2] = [SIGCONT, SIGWINCH];
 /// Signals that may wait for the guest; more are dropped, as the kernel does.
-const SIGNALS: usize = 16;
+const SIGNALS: usize = 64;
 /// After the time limit's kill, or a signal that the guest refused: until this
 /// ends without the guest.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a signal by which a user means: end waits for a process that is being started.
+const STARTING: Duration = Duration::from_secs(2);
+
+/// Outputs of a process.
+const OUTPUTS: usize = 2;
+
+/// When a command has had its time.
+pub type Limit = Option<Instant>;
+
+/// Signals that go to the process in the guest.
+fn forwarded() -> impl Iterator<Item = i32> {
+    (1..=LAST_STANDARD).filter(|n| !KEPT.contains(n)).chain(real_time())
+}
 
 /// What is under way when a signal comes.
 #[derive(Default)]
@@ -51,15 +66,20 @@ struct Stage {
     /// It is being made, and not known well enough to be ended.
     begins: bool,
     /// A signal that came meanwhile.
-    waiting: Option<Signal>,
+    waiting: Option<i32>,
     /// Who passes signals on to a process in a guest.
-    process: Option<Sender<Signal>>,
+    process: Option<Sender<i32>>,
+    /// Whether that process is only being started.
+    starting: bool,
 }
 
 /// Signals of this process, taken over.
 pub struct Session {
     stage: Arc<Mutex<Stage>>,
 }
+
+/// A process that is being started: its signals wait for it here.
+pub struct Expected(Receiver<i32>);
 
 /// How a process in a guest ended, as far as this side knows.
 pub struct Ended {
@@ -72,17 +92,14 @@ pub struct Ended {
 impl Session {
     /// Takes the signals over; before any other thread is started.
     pub fn start() -> Result<Session, Failure> {
-        let mut signals = SigSet::empty();
-        for signal in FORWARDED.into_iter().chain([Signal::SIGWINCH]) {
-            signals.add(signal);
-        }
+        let signals = Set::of(forwarded());
         let failed = |e: &dyn std::fmt::Display| Failure::new(FAILED, format!("take signals: {e}"));
-        signals.thread_block().map_err(|e| failed(&e))?;
+        signals.block().map_err(|e| failed(&e))?;
         let stage = Arc::new(Mutex::new(Stage::default()));
         let shared = Arc::clone(&stage);
         Worker::spawn("vmc-signals", move || {
             while let Ok(signal) = signals.wait() {
-                on_signal(signal, &mut shared.lock().unwrap_or_else(|e| e.into_inner()));
+                on_signal(signal, &shared);
             }
         })
         .map_err(|e| failed(&e))?;
@@ -90,7 +107,27 @@ impl Session {
     }
 
     fn change(&self, f: impl FnOnce(&mut Stage)) {
-        f(&mut self.stage.lock().unwrap_or_else(|e| e.into_inner()));
+        f(&mut lock(&self.stage));
+    }
+
+    /// From now on, a process is being started, and signals wait for it; one by which a
+    /// user means: end does not wait long. With `limit`, it is all over then, unless the
+    /// process runs.
+    pub fn expect(&self, limit: Option<Duration>) -> Result<(Expected, Limit), Failure> {
+        let (passed, signals) = bounded(SIGNALS);
+        self.change(|s| (s.process, s.starting) = (Some(passed), true));
+        let Some(limit) = limit else { return Ok((Expected(signals), None)) };
+        let stage = Arc::clone(&self.stage);
+        Worker::spawn("vmc-limit", move || {
+            let _ = after(limit).recv();
+            let mut stage = lock(&stage);
+            if stage.starting {
+                print::message(format!("the command did not start within {limit:?}: given up"));
+                end(&mut stage, TIMED_OUT.into());
+            }
+        })
+        .map_err(|e| Failure::new(FAILED, e.to_string()))?;
+        Ok((Expected(signals), Instant::now().checked_add(limit)))
     }
 
     /// From now on, a signal that has no process to go to ends this VM; while it
@@ -102,7 +139,7 @@ impl Session {
                 s.held = qemu.watch().ok().map(|qemu| (qemu, dir.to_path_buf()));
                 s.begins = false;
                 if let Some(signal) = s.waiting {
-                    on_signal(signal, s);
+                    end(s, 128 + signal);
                 }
             }
         });
@@ -113,20 +150,31 @@ impl Session {
         self.change(|s| (s.held, s.begins) = (None, false));
     }
 
-    /// Ties this process's streams to `process` and waits for its end.
+    /// Ties this process's streams to `process` and waits for its end; `input` tells
+    /// whether standard input is one of them.
     pub fn attach(
         &self,
         process: &Running,
+        expected: Expected,
         terminal: Option<Terminal>,
-        timeout: Option<Duration>,
+        input: bool,
+        limit: Limit,
     ) -> Result<Ended, Failure> {
-        let (passed, signals) = bounded(SIGNALS);
-        self.change(|s| s.process = Some(passed));
+        self.change(|s| s.starting = false);
         let raw = terminal.as_ref().map(Terminal::raw).transpose()?;
-        let ended = attend(process, terminal.is_some(), timeout, &signals);
+        let mut attended = Attended { process, terminal: terminal.is_some(), limit };
+        let ended = attended.attend(&expected.0, input);
         drop(raw);
         self.change(|s| s.process = None);
-        ended
+        let (ended, lost) = ended?;
+        match lost {
+            None => Ok(ended),
+            Some(text) => {
+                print::message(text);
+                let code = if ended.code == TIMED_OUT { TIMED_OUT } else { IN_VMCACHE };
+                Ok(Ended { code, ..ended })
+            }
+        }
     }
 }
 
@@ -134,149 +182,223 @@ impl Drop for Session {
     /// A signal that is ending this process ends it, with its own exit code: that a
     /// VM has gone because of it is no failure to be told.
     fn drop(&mut self) {
-        let stage = self.stage.lock().unwrap_or_else(|e| e.into_inner());
         // What began came to nothing, which its maker has removed.
-        if let Some(signal) = stage.waiting {
-            std::process::exit(128 + signal as i32);
+        if let Some(signal) = lock(&self.stage).waiting {
+            std::process::exit(128 + signal);
         }
     }
 }
 
-fn on_signal(signal: Signal, stage: &mut Stage) {
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn on_signal(signal: i32, shared: &Arc<Mutex<Stage>>) {
+    let mut stage = lock(shared);
     if let Some(process) = &stage.process {
         let _ = process.try_send(signal);
+        if stage.starting && ENDING.contains(&signal) {
+            let shared = Arc::clone(shared);
+            let late = Worker::spawn("vmc-late", move || {
+                let _ = after(STARTING).recv();
+                let mut stage = lock(&shared);
+                if stage.starting {
+                    end(&mut stage, 128 + signal);
+                }
+            });
+            if late.is_err() {
+                end(&mut stage, 128 + signal);
+            }
+        }
         return;
     }
-    if signal == Signal::SIGWINCH {
+    if IDLE.contains(&signal) {
         return;
     }
     if stage.begins {
         stage.waiting = Some(signal);
         return;
     }
+    end(&mut stage, 128 + signal);
+}
+
+/// Ends this process, and the VM that ends with it.
+fn end(stage: &mut Stage, code: i32) {
     if let Some((qemu, dir)) = stage.held.take() {
-        let _ = pidfd_kill(qemu.as_fd(), Signal::SIGKILL as i32);
+        let _ = pidfd_kill(qemu.as_fd(), SIGKILL);
         // Until it is gone, it can still make sockets in its directory.
         pidfd_wait(qemu.as_fd(), GRACE);
         // What served it goes, too.
         drop(Ledger::read(&dir).map(|ledger| ledger.adopt_attendants()));
         drop(VmDir::adopt(&dir));
     }
-    std::process::exit(128 + signal as i32);
+    std::process::exit(code);
 }
 
 /// Something for the process, done by a thread that may wait for the guest.
 enum Order {
-    Signal(Signal),
+    Signal(i32),
     Resize,
 }
 
-/// Carries streams and signals until the process has ended, or is given up.
-fn attend(
-    process: &Running,
+/// A process whose streams and signals are carried.
+struct Attended<'a> {
+    process: &'a Running,
     terminal: bool,
-    timeout: Option<Duration>,
-    signals: &Receiver<Signal>,
-) -> Result<Ended, Failure> {
-    let failed = |e: worker::Error| Failure::new(FAILED, e.to_string());
-    carry_stdin(process).map_err(failed)?;
-    let out = pump("vmc-stdout", process, process.stdout(), io::stdout()).map_err(failed)?;
-    let err = pump("vmc-stderr", process, process.stderr(), io::stderr()).map_err(failed)?;
-    let end = wait_for(process).map_err(failed)?;
-    let (orders, answers) = take_orders(process).map_err(failed)?;
-
-    let started = Instant::now();
-    let given_up = |code| Ok(Ended { code, known: false });
-    let mut limit = timeout.map(|t| started + t);
-    let mut give_up: Option<(Instant, u8)> = None;
-    // What is not known yet: the exit code, and the rest of the streams.
-    let (mut end, mut out, mut err) = (end, out.done().clone(), err.done().clone());
-    let (mut status, mut streams) = (None::<i32>, 2);
-    let mut timed_out = false;
-    // A signal that the guest has not answered yet.
-    let mut unanswered = false;
-    while status.is_none() || streams > 0 {
-        let late = limit.map_or_else(never, at);
-        let over = give_up.map_or_else(never, |(t, _)| at(t));
-        select! {
-            recv(end) -> answer => {
-                match answer {
-                    Ok(answer) => status = Some(answer?),
-                    Err(_) => return Err(Failure::new(FAILED, "the waiting thread panicked")),
-                }
-                // A channel that has ended is always ready.
-                end = never();
-                if !timed_out {
-                    give_up = None;
-                }
-            }
-            recv(out) -> _ => {
-                out = never();
-                streams -= 1;
-            }
-            recv(err) -> _ => {
-                err = never();
-                streams -= 1;
-            }
-            recv(late) -> _ => {
-                if let Some(status) = status {
-                    // Others hold its streams; they have had their time.
-                    return Ok(Ended { code: exit_code(status), known: true });
-                }
-                (timed_out, limit) = (true, None);
-                let _ = orders.try_send(Order::Signal(Signal::SIGKILL));
-                give_up = Some((Instant::now() + GRACE, TIMED_OUT));
-            }
-            recv(over) -> _ => return given_up(give_up.map_or(TIMED_OUT, |(_, code)| code)),
-            recv(answers) -> answer => {
-                unanswered = false;
-                // Its end may be on the way: that is why it takes no signal.
-                if let (Ok((signal, false)), None, None) = (answer, status, give_up) {
-                    give_up = Some((Instant::now() + GRACE, exit_code(128 + signal as i32)));
-                }
-            }
-            recv(signals) -> signal => {
-                let Ok(signal) = signal else { continue };
-                if signal == Signal::SIGWINCH {
-                    if terminal && !unanswered {
-                        let _ = orders.try_send(Order::Resize);
-                    }
-                    continue;
-                }
-                let ending = ENDING.contains(&signal);
-                // Nobody is left to take it, or the last one was not taken.
-                if ending && (status.is_some() || unanswered) {
-                    return given_up(exit_code(128 + signal as i32));
-                }
-                unanswered |= ending && orders.try_send(Order::Signal(signal)).is_ok();
-            }
-        }
-    }
-    let code = if timed_out { TIMED_OUT } else { exit_code(status.unwrap_or_default()) };
-    Ok(Ended { code, known: true })
+    limit: Limit,
 }
 
-/// Carries our standard input in. Not joined: the thread may sit in a read that
-/// never comes.
-fn carry_stdin(process: &Running) -> Result<(), worker::Error> {
-    let mut stdin = process.stdin();
-    Worker::spawn("vmc-stdin", move || {
-        let mut chunk = vec![0; CHUNK];
-        let mut from = io::stdin().lock();
-        loop {
-            match from.read(&mut chunk) {
-                Ok(n) if n > 0 => {
-                    if stdin.write_all(&chunk[..n]).is_err() {
-                        // It reads no more, or has ended; its exit code tells.
-                        return;
+/// What is known of it so far.
+#[derive(Default)]
+struct Known {
+    status: Option<i32>,
+    /// Outputs that are at their end.
+    outputs: usize,
+    /// What did not arrive, the first of it.
+    lost: Option<String>,
+    timed_out: bool,
+    /// Whether a signal by which the user means: end was sent.
+    ending: bool,
+    /// When this ends without the guest, and with which exit code.
+    give_up: Option<(Instant, u8)>,
+    /// A signal that the guest has not answered yet.
+    unanswered: bool,
+}
+
+impl Known {
+    fn carried(&mut self, output: Result<Carried, crossbeam_channel::RecvError>) {
+        self.outputs += 1;
+        match output {
+            Ok(Carried::Whole) => {}
+            Ok(Carried::Lost(text)) => self.lose(text),
+            Err(_) => self.lose("carry the command's output: the thread panicked".into()),
+        }
+    }
+
+    fn lose(&mut self, text: String) {
+        self.lost.get_or_insert(text);
+    }
+
+    fn give_up_in(&mut self, grace: Duration, code: u8) {
+        self.give_up.get_or_insert((Instant::now() + grace, code));
+    }
+
+    fn ended(self, code: u8, known: bool) -> (Ended, Option<String>) {
+        // What was lost of one that was given up is the least of it.
+        (Ended { code, known }, self.lost.filter(|_| known))
+    }
+
+    fn code(&self) -> u8 {
+        if self.timed_out {
+            TIMED_OUT
+        } else {
+            exit_code(self.status.unwrap_or_default())
+        }
+    }
+}
+
+impl Attended<'_> {
+    /// Carries streams and signals until the process has ended, or is given up; also
+    /// what was lost of its streams.
+    fn attend(
+        &mut self,
+        signals: &Receiver<i32>,
+        input: bool,
+    ) -> Result<(Ended, Option<String>), Failure> {
+        let process = self.process;
+        let failed = |e: worker::Error| Failure::new(FAILED, e.to_string());
+        let mut out = carry_output(process, Output::Stdout).map_err(failed)?;
+        let mut err = carry_output(process, Output::Stderr).map_err(failed)?;
+        let fault = match input {
+            true => Some(carry_input(process).map_err(failed)?),
+            false => {
+                drop(process.stdin());
+                None
+            }
+        };
+        let mut end = wait_for(process).map_err(failed)?;
+        let (orders, answers) = take_orders(process).map_err(failed)?;
+        let mut known = Known::default();
+        while known.status.is_none() || known.outputs < OUTPUTS {
+            let late = self.limit.map_or_else(never, at);
+            let over = known.give_up.map_or_else(never, |(t, _)| at(t));
+            // A channel that has ended is always ready: it is replaced.
+            select! {
+                recv(end) -> answer => {
+                    end = never();
+                    let panicked = |_| Failure::new(FAILED, "the waiting thread panicked");
+                    known.status = Some(answer.map_err(panicked)??);
+                    known.give_up = known.give_up.filter(|_| known.timed_out);
+                    if known.ending {
+                        // Who reads its output may never go on.
+                        known.give_up_in(GRACE, known.code());
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                _ => return,
+                recv(out) -> carried => {
+                    out = never();
+                    known.carried(carried);
+                }
+                recv(err) -> carried => {
+                    err = never();
+                    known.carried(carried);
+                }
+                recv(late) -> _ => {
+                    self.limit = None;
+                    if known.status.is_some() {
+                        // Others hold its streams; they have had their time.
+                        let code = known.code();
+                        return Ok(known.ended(code, true));
+                    }
+                    known.timed_out = true;
+                    let _ = orders.try_send(Order::Signal(SIGKILL));
+                    known.give_up = None;
+                    known.give_up_in(GRACE, TIMED_OUT);
+                }
+                recv(over) -> _ => {
+                    let code = known.give_up.map_or(TIMED_OUT, |(_, code)| code);
+                    let answered = known.status.is_some();
+                    return Ok(known.ended(code, answered));
+                }
+                recv(answers) -> answer => {
+                    known.unanswered = false;
+                    // Its end may be on the way: that is why it takes no signal.
+                    if let (Ok((signal, false)), None) = (answer, known.status) {
+                        known.give_up_in(GRACE, exit_code(128 + signal));
+                    }
+                }
+                recv(signals) -> signal => {
+                    let Ok(signal) = signal else { continue };
+                    if let Some(code) = self.pass(signal, &orders, &mut known) {
+                        return Ok(known.ended(code, false));
+                    }
+                }
             }
         }
-    })?;
-    Ok(())
+        if let Some(text) = fault.and_then(|f| f.lock().unwrap_or_else(|e| e.into_inner()).take()) {
+            known.lose(text);
+        }
+        let code = known.code();
+        Ok(known.ended(code, true))
+    }
+
+    /// Passes a signal on; the exit code, where nobody is left to take it.
+    fn pass(&self, signal: i32, orders: &Sender<Order>, known: &mut Known) -> Option<u8> {
+        if signal == SIGWINCH && self.terminal {
+            if !known.unanswered {
+                let _ = orders.try_send(Order::Resize);
+            }
+            return None;
+        }
+        let ending = ENDING.contains(&signal);
+        // The last one was not taken, or there is nobody.
+        if ending && (known.status.is_some() || known.unanswered) {
+            return Some(exit_code(128 + signal));
+        }
+        let sent = orders.try_send(Order::Signal(signal)).is_ok();
+        known.unanswered |= ending && sent;
+        known.ending |= ending;
+        None
+    }
 }
 
 type End = Result<i32, workload::Error>;
@@ -289,7 +411,7 @@ fn wait_for(process: &Running) -> Result<Receiver<End>, worker::Error> {
     Ok(end)
 }
 
-type Answers = Receiver<(Signal, bool)>;
+type Answers = Receiver<(i32, bool)>;
 
 /// Takes orders on a thread of its own; for each signal, an answer: whether the
 /// guest took it.
@@ -301,7 +423,7 @@ fn take_orders(process: &Running) -> Result<(Sender<Order>, Answers), worker::Er
         for order in taken {
             match order {
                 Order::Signal(signal) => {
-                    let done = process.signal(signal as i32).is_ok();
+                    let done = process.signal(signal).is_ok();
                     if tell.send((signal, done)).is_err() {
                         return;
                     }
@@ -315,27 +437,4 @@ fn take_orders(process: &Running) -> Result<(Sender<Order>, Answers), worker::Er
         }
     })?;
     Ok((orders, answers))
-}
-
-/// Carries one stream out. When nobody reads ours any more, the process gets
-/// what it would get from a pipe.
-fn pump(
-    name: &str,
-    process: &Running,
-    mut from: StreamReader,
-    mut to: impl Write + Send + 'static,
-) -> Result<Worker<()>, worker::Error> {
-    let process = process.clone();
-    Worker::spawn(name, move || {
-        let mut open = true;
-        while let Ok(bytes) = from.next_chunk() {
-            if bytes.is_empty() {
-                return;
-            }
-            if open && to.write_all(&bytes).and_then(|()| to.flush()).is_err() {
-                open = false;
-                let _ = process.signal(Signal::SIGPIPE as i32);
-            }
-        }
-    })
 }

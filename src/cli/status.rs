@@ -66,7 +66,7 @@ fn openmetrics(common: &Common, s: &Status) -> Outcome {
         if let Err(e) = told {
             e.report();
         }
-        pause(Duration::from_secs(every));
+        pause(every);
     }
 }
 

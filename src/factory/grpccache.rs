@@ -327,9 +327,17 @@ pub fn environment() -> Arc<Environment> {
     Arc::new(EnvBuilder::new().cq_count(1).name_prefix("vmc-rpc").build())
 }
 
+/// What a claim is given at least, also by who does not want to wait: with less, a server
+/// hands a VM to somebody who has gone already.
+const LEAST: Duration = Duration::from_secs(1);
+/// And at most: a year.
+const MOST: Duration = Duration::from_secs(31_536_000);
+
 /// For a call that may take so long.
 fn waiting(within: Option<Duration>) -> CallOption {
-    within.map_or_else(CallOption::default, |within| CallOption::default().timeout(within))
+    within.map_or_else(CallOption::default, |within| {
+        CallOption::default().timeout(within.clamp(LEAST, MOST))
+    })
 }
 
 impl BaseFactory for GrpcCache {

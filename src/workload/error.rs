@@ -20,6 +20,10 @@ pub enum Error {
     NotFound { text: String },
     /// The program can not be executed.
     NotExecutable { text: String },
+    /// The command can not be run like this, by nobody.
+    Command { text: String },
+    /// There is no such command in the VM, or none any more.
+    NoCommand { vm: String, exec: Option<String> },
     /// Local files.
     Tree(tree::Error),
     /// What was to be attached is not there, or QEMU did not take it.
@@ -46,7 +50,20 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Agent(_) => f.write_str("run in the VM"),
-            Error::NotFound { text } | Error::NotExecutable { text } => f.write_str(text),
+            Error::NotFound { text } | Error::NotExecutable { text } | Error::Command { text } => {
+                f.write_str(text)
+            }
+            Error::NoCommand { vm, exec: None } => write!(
+                f,
+                "no command of `vmcache run` runs in VM {vm}: `vmcache ps {vm}` lists those of \
+                 `exec`, for --exec"
+            ),
+            Error::NoCommand { vm, exec: Some(exec) } => {
+                write!(
+                    f,
+                    "no command {exec:?} runs in VM {vm}: `vmcache ps {vm}` lists those that do"
+                )
+            }
             Error::Tree(_) => f.write_str("copy files"),
             // Its own text says it all.
             Error::Attach(e) => e.fmt(f),

@@ -26,7 +26,7 @@ pub use command::Command;
 use error::start_error;
 pub use error::Error;
 pub use files::{copy_in, copy_out, send_root, CopyPolicy};
-pub use running::{Running, StreamReader, StreamWriter};
+pub use running::{Running, StreamCloser, StreamReader, StreamWriter};
 pub use silence::{run_state, RunState};
 
 use attached::Attached;
@@ -204,6 +204,7 @@ impl Guest {
         note: &Note,
         storages: Vec<Storage>,
     ) -> Result<Running, Error> {
+        command.check()?;
         self.rooted(note)?;
         self.start_sandbox()?;
         let mut spec = command.spec(&note.root);
@@ -222,7 +223,10 @@ impl Guest {
             ..CreateContainerRequest::default()
         };
         self.agent.create_container(request).map_err(start_error)?;
-        self.agent.start_container(container).map_err(Error::Agent)?;
+        if let Err(e) = self.agent.start_container(container) {
+            let _ = self.remove(container);
+            return Err(start_error(e));
+        }
         let id = ProcessId { container: container.clone(), exec: String::new() };
         Ok(Running::new(Arc::clone(&self.watched), id, command.is_terminal()))
     }
@@ -233,6 +237,7 @@ impl Guest {
     /// # Errors
     /// As [`Guest::spawn`].
     pub fn exec(&self, command: &Command) -> Result<Running, Error> {
+        command.check()?;
         let fresh = identity::uuid().map_err(|source| Error::Io {
             during: "take",
             path: "random bytes".into(),
@@ -265,6 +270,37 @@ impl Guest {
     pub(crate) fn launch_beside(&self, command: &Command, name: &str) -> Result<Running, Error> {
         let note = Note { container: name.into(), root: OWN_ROOT.into(), ..Note::default() };
         self.launch(command, &note, Vec::new())
+    }
+
+    /// Sends a signal, by number, to the first command, or to the one of [`Guest::exec`]
+    /// with that name.
+    ///
+    /// # Errors
+    /// [`Error::NoCommand`] when there is none, or it has ended; the agent's.
+    pub fn signal(&self, exec: Option<&str>, number: i32) -> Result<(), Error> {
+        let number = u32::try_from(number).unwrap_or(0);
+        let main = note(&self.vm).map(|n| n.container);
+        let of = |container: &str, exec: &str| ProcessId {
+            container: container.to_string(),
+            exec: exec.to_string(),
+        };
+        // One that ran beside no other, or after it, has a container of its own.
+        let places = match exec {
+            None => main.iter().map(|c| of(c, "")).collect::<Vec<_>>(),
+            Some(name) => {
+                main.iter().map(|c| of(c, name)).chain([of(name, "")]).collect::<Vec<_>>()
+            }
+        };
+        for id in places {
+            match self.watched.call(|agent| agent.signal_process(&id, number)) {
+                Err(Error::Agent(agent::Error::Refused {
+                    code: ttrpc::Code::NOT_FOUND, ..
+                })) => {}
+                done => return done,
+            }
+        }
+        let (vm, exec) = (self.vm.id().to_string(), exec.map(str::to_string));
+        Err(Error::NoCommand { vm, exec })
     }
 
     /// The container of which Kata's agents are asked; ours tells of all the guest

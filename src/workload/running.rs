@@ -5,7 +5,9 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::libc;
 
 use super::silence::Watched;
 use super::Error;
@@ -14,6 +16,10 @@ use crate::agent::{self, ProcessId, Stream};
 /// Bytes of one read or write: large enough to make calls rare, small enough
 /// that four connections' worth fit the guest.
 pub const CHUNK: usize = 256 * 1024;
+
+/// How long a process may write on that was told that nobody reads, where its end can
+/// not be closed.
+pub const IGNORED: Duration = Duration::from_secs(2);
 
 /// A process in a guest. Streams are separate, carry any bytes, and may be
 /// used from different threads.
@@ -182,6 +188,69 @@ impl StreamReader {
         }
         self.ended = bytes.is_empty();
         Ok(bytes)
+    }
+}
+
+/// Closes a stream of a process while another reads it: see [`StreamReader::closer`].
+pub struct StreamCloser {
+    agent: Arc<Watched>,
+    id: ProcessId,
+    stream: Stream,
+}
+
+impl StreamCloser {
+    /// Closes the process's end; who reads it is at the end then. False where the agent
+    /// has no such call: the reader has to do it ([`StreamReader::close`]).
+    pub fn close(&self) -> bool {
+        self.agent.own() && self.agent.call(|a| a.read_stream(&self.id, self.stream, 0)).is_ok()
+    }
+}
+
+impl StreamReader {
+    /// For another thread, which learns that what is read is not wanted any more.
+    pub fn closer(&self) -> StreamCloser {
+        let (agent, id, stream) = (Arc::clone(&self.agent), self.id.clone(), self.stream);
+        StreamCloser { agent, id, stream }
+    }
+
+    /// Closes the process's end, so that it learns by its next write (EPIPE, and SIGPIPE
+    /// unless it ignores that) that nobody reads. What was not read is lost, as it is for
+    /// a local process; one that has ended has nothing left to close.
+    ///
+    /// An agent of Kata's has no such call: there, the process gets SIGPIPE, and, if it
+    /// writes on for [`IGNORED`], SIGKILL; until its end this reads, and drops what it reads.
+    ///
+    /// # Errors
+    /// When the agent can not be reached any more.
+    pub fn close(mut self) -> io::Result<()> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
+        match self.agent.own() {
+            true => {
+                let closed = self.agent.call(|a| a.read_stream(&self.id, self.stream, 0));
+                closed.map(|_| ()).map_err(as_io)
+            }
+            false => self.drain(),
+        }
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
+        let signal = |n: i32| self.agent.call(|a| a.signal_process(&self.id, n as u32));
+        let _ = signal(libc::SIGPIPE);
+        let patience = Instant::now() + IGNORED;
+        let mut killed = false;
+        loop {
+            let read =
+                self.agent.wait(self.limit, |a| a.read_stream(&self.id, self.stream, CHUNK as u32));
+            if read.map_err(as_io)?.is_empty() {
+                return Ok(());
+            }
+            if !killed && Instant::now() > patience {
+                killed = true;
+                let _ = signal(libc::SIGKILL);
+            }
+        }
     }
 }
 

@@ -83,6 +83,8 @@ enum Verdict {
 pub(super) struct Watched {
     agent: Arc<dyn Agent>,
     vm: String,
+    /// Whether it is vmcache's own.
+    own: bool,
     monitor: PathBuf,
     patience: Patience,
     state: Mutex<State>,
@@ -104,10 +106,15 @@ struct State {
 impl Watched {
     /// The agent of a VM.
     pub fn new(vm: &Vm, agent: Arc<dyn Agent>) -> Arc<Watched> {
-        Watched::over(agent, vm.id(), &vm.monitor(), PATIENCE)
+        Watched::over(agent, (vm.id(), vm.own_agent()), &vm.monitor(), PATIENCE)
     }
 
-    fn over(agent: Arc<dyn Agent>, vm: &str, monitor: &Path, patience: Patience) -> Arc<Watched> {
+    fn over(
+        agent: Arc<dyn Agent>,
+        (vm, own): (&str, bool),
+        monitor: &Path,
+        patience: Patience,
+    ) -> Arc<Watched> {
         let (watching, ended) = bounded(1);
         let state = State {
             heard: Instant::now(),
@@ -119,6 +126,7 @@ impl Watched {
         Arc::new(Watched {
             agent,
             vm: vm.to_string(),
+            own,
             monitor: monitor.to_path_buf(),
             patience,
             state: Mutex::new(state),
@@ -128,6 +136,11 @@ impl Watched {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the agent is vmcache's own, which can do more than Kata's.
+    pub fn own(&self) -> bool {
+        self.own
     }
 
     /// Why the guest was given up, if it was.
@@ -297,7 +310,7 @@ mod tests {
     fn one_that_answers_nothing_is_given_up_and_asked_nothing_more() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let agent = Arc::new(KataAgent::over(ours).unwrap());
-        let watched = Watched::over(agent, "v", &nowhere(), SOON);
+        let watched = Watched::over(agent, ("v", true), &nowhere(), SOON);
         let before = Instant::now();
         let e = watched.wait(None, |a| a.read_stream(&id(), Stream::Out, 1)).unwrap_err();
         assert!(matches!(e, Error::Silent { .. }), "{e:?}");
@@ -314,7 +327,7 @@ mod tests {
     /// Calls wait much longer than it takes to ask; the agent (that is none) answers.
     #[test]
     fn one_that_answers_may_say_nothing_for_as_long_as_it_likes() {
-        let watched = Watched::over(Arc::new(Noop), "v", &nowhere(), SOON);
+        let watched = Watched::over(Arc::new(Noop), ("v", true), &nowhere(), SOON);
         let (tell, told) = bounded::<()>(1);
         let waiting = Arc::clone(&watched);
         let call = Worker::spawn("test-call", move || {
@@ -333,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_copy_that_does_nothing_is_given_up_though_the_agent_answers() {
-        let watched = Watched::over(Arc::new(Noop), "v", &nowhere(), SOON);
+        let watched = Watched::over(Arc::new(Noop), ("v", true), &nowhere(), SOON);
         let limit = Some(3 * SOON.quiet);
         let e = watched.wait(limit, |_| {
             let deadline = Instant::now() + LONG;
@@ -372,7 +385,7 @@ mod tests {
         let server = Worker::spawn("test-monitor", serve).unwrap();
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let agent = Arc::new(KataAgent::over(ours).unwrap());
-        let watched = Watched::over(agent, "v", &path, SOON);
+        let watched = Watched::over(agent, ("v", true), &path, SOON);
         let waiting = Arc::clone(&watched);
         let call =
             Worker::spawn("test-call", move || waiting.wait(None, |a| a.wait_process(&id(), None)))

@@ -6,6 +6,11 @@
 //! | `pool`      | life of a pool: fill, claim, order, replace, stop, restart |
 //! | `wire`      | the four calls and their JSON, as Kata's clients see them |
 //! | `run`       | commands: streams, exit codes, signals, terminal, users, sizes |
+//! | `streams`   | standard streams of all kinds, cell by cell; loops and jobs of a shell |
+//! | `signals`   | signals, `kill`, starts that fail, limits of time |
+//! | `printing`  | every command with an output that takes nothing |
+//! | `users`     | users, environment, the guest's memory; the agent alone |
+//! | `archives`  | tars by all programs, unpacked as GNU tar unpacks them |
 //! | `rootfs`    | a Debian root as a directory and as a tar |
 //! | `share`     | a root file system by virtio-fs; what serves a VM goes with it |
 //! | `attach`    | disks and network cards at claim time, and what is wrong with them |
@@ -41,6 +46,7 @@
 // Tests start processes and threads, and print what they find.
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros)]
 
+mod archives;
 mod attach;
 mod claimed;
 mod confinement;
@@ -58,6 +64,7 @@ mod kata1;
 mod memory;
 mod messages;
 mod pool;
+mod printing;
 mod readme;
 mod resize;
 mod restart;
@@ -65,10 +72,13 @@ mod resting;
 mod rootfs;
 mod run;
 mod share;
+mod signals;
 mod states;
+mod streams;
 mod supervised;
 mod template_place;
 mod templates;
 mod transports;
+mod users;
 mod vsock;
 mod wire;

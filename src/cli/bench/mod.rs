@@ -59,9 +59,9 @@ pub fn bench(common: &Common, b: &Bench) -> Outcome {
     let config = optional_config(common)?;
     let mut m = Measured::default();
     let details = wait_full(&server)?;
-    if b.idle > 0 {
+    if !b.idle.is_zero() {
         let progress = Progress::start("watching the idle server");
-        m.idle = Some(idle::watch(&details, Duration::from_secs(b.idle))?);
+        m.idle = Some(idle::watch(&details, b.idle)?);
         drop(progress);
     }
     let progress = Progress::start("measuring claims");

@@ -7,7 +7,7 @@ use clap::{Command, CommandFactory};
 use clap_mangen::roff::{bold, italic, roman, Inline, Roff};
 use clap_mangen::Man;
 
-use super::security;
+use super::{commands, security};
 use crate::cli::args::Cli;
 use crate::cli::metrics::FAMILIES;
 use crate::config::options::{Opt, OPTIONS};
@@ -49,6 +49,7 @@ fn page(command: Command, name: &str, all: &mut Vec<(String, Vec<u8>)>) -> io::R
         }
         files(&mut more);
     }
+    commands::more(&mut more, name);
     see_also(&mut more);
     text.extend(more.render().into_bytes());
     all.push((format!("{name}.1"), text));

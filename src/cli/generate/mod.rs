@@ -1,6 +1,7 @@
 //! `vmcache generate`: the manual's pages, completions and a package's configuration, all
 //! from what the program itself knows. For whoever makes a package.
 
+mod commands;
 mod manual;
 mod security;
 
