@@ -248,9 +248,16 @@ pub trait Agent: Send + Sync {
     /// Sends a signal, by number.
     fn signal_process(&self, id: &ProcessId, signal: u32) -> Outcome<()>;
     /// Waits for a process's end, with no deadline for `None`: its exit code,
-    /// 128 + n when signal n ended it (Kata's agents of 2.x and later tell n, and
+    /// 128 + n when signal n ended it (Kata's agents of 2.0 to 3.31 tell n, and
     /// hyperstart 0).
+    ///
+    /// Kata's agents close its streams when this returns: what was not read is lost.
     fn wait_process(&self, id: &ProcessId, within: Option<Duration>) -> Outcome<i32>;
+    /// Whether a process has ended, for an agent that has forgotten its streams once
+    /// [`Agent::wait_process`] has returned. `false` as well when it cannot be told.
+    fn has_ended(&self, _id: &ProcessId) -> Outcome<bool> {
+        Ok(false)
+    }
     /// Writes to a process's standard input; how many bytes were taken.
     fn write_process_stdin(&self, id: &ProcessId, data: Vec<u8>) -> Outcome<u32>;
     /// Closes a process's standard input.

@@ -30,6 +30,8 @@ mod channel;
 mod container;
 mod copy;
 mod failure;
+#[cfg(feature = "kata-habits")]
+mod habits;
 mod hosts;
 mod identity;
 mod listing;

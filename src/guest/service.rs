@@ -25,7 +25,7 @@ const IDLE_THREADS: (usize, usize) = (1, 4);
 /// The agent, as its services see it.
 #[derive(Clone)]
 pub struct Agent {
-    sandbox: Arc<Sandbox>,
+    pub(super) sandbox: Arc<Sandbox>,
 }
 
 impl Agent {
@@ -38,8 +38,12 @@ impl Agent {
 /// Starts a ttrpc server for `agent`, listening as `listen` says, and lets it
 /// run for ever.
 pub fn start(agent: Agent, listen: impl FnOnce(Server) -> ttrpc::Result<Server>) -> Outcome<()> {
-    let service = agent_ttrpc::create_agent_service(Arc::new(agent.clone()));
-    let health = health_ttrpc::create_health(Arc::new(agent));
+    #[cfg(not(feature = "kata-habits"))]
+    let (service, health) = (Arc::new(agent.clone()), Arc::new(agent));
+    #[cfg(feature = "kata-habits")]
+    let (service, health) = super::habits::services(agent);
+    let service = agent_ttrpc::create_agent_service(service);
+    let health = health_ttrpc::create_health(health);
     let server = Server::new()
         .set_thread_count_min(IDLE_THREADS.0)
         .set_thread_count_default(IDLE_THREADS.0 + 1)

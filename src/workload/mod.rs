@@ -14,6 +14,7 @@ pub mod rehearsal;
 mod running;
 mod silence;
 mod stock;
+mod streams;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -222,13 +223,30 @@ impl Guest {
             OCI: Some(spec).into(),
             ..CreateContainerRequest::default()
         };
-        self.agent.create_container(request).map_err(start_error)?;
+        self.agent.create_container(request).map_err(|e| self.start_error(e))?;
         if let Err(e) = self.agent.start_container(container) {
             let _ = self.remove(container);
-            return Err(start_error(e));
+            return Err(self.start_error(e));
         }
         let id = ProcessId { container: container.clone(), exec: String::new() };
-        Ok(Running::new(Arc::clone(&self.watched), id, command.is_terminal()))
+        Ok(self.running(id, command))
+    }
+
+    /// A process that was started.
+    fn running(&self, id: ProcessId, command: &Command) -> Running {
+        let (agent, terminal) = (Arc::clone(&self.watched), command.is_terminal());
+        match self.vm.own_agent() {
+            true => Running::new(agent, id, terminal),
+            false => Running::forgetful(agent, id, terminal),
+        }
+    }
+
+    /// Why a process was not started, in the words of the agent that did not.
+    fn start_error(&self, e: agent::Error) -> Error {
+        match self.vm.own_agent() {
+            true => start_error(e),
+            false => stock::start_error(e),
+        }
     }
 
     /// Runs a further command: in the VM's running container, or, when there
@@ -252,7 +270,7 @@ impl Guest {
             stock::adapt_process(&mut process)?;
         }
         match self.agent.exec(&id, process) {
-            Ok(()) => Ok(Running::new(Arc::clone(&self.watched), id, command.is_terminal())),
+            Ok(()) => Ok(self.running(id, command)),
             // Its command has ended, or it is gone: the root is still there.
             Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
                 self.launch(command, &anew, Vec::new())
@@ -262,7 +280,7 @@ impl Guest {
             {
                 self.launch(command, &anew, Vec::new())
             }
-            Err(e) => Err(start_error(e)),
+            Err(e) => Err(self.start_error(e)),
         }
     }
 

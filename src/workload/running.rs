@@ -1,5 +1,8 @@
 //! A process that runs in a guest: its streams and its end.
 //!
+//! Our own agent keeps what a process wrote until it is read. Kata's forget it when its end
+//! is told, so in their guests the streams come first ([`Streams`]).
+//!
 //! Invariant: what waits for the guest without an end is watched ([`Watched`]), and ends
 //! when that gives the guest up.
 
@@ -10,12 +13,17 @@ use std::time::{Duration, Instant};
 use nix::libc;
 
 use super::silence::Watched;
+use super::streams::Streams;
 use super::Error;
 use crate::agent::{self, ProcessId, Stream};
 
 /// Bytes of one read or write: large enough to make calls rare, small enough
 /// that four connections' worth fit the guest.
 pub const CHUNK: usize = 256 * 1024;
+/// What a terminal takes for the end of its input.
+const END_OF_INPUT: u8 = 4;
+/// What the last call of a wait has at least, when its streams took all the time.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// How long a process may write on that was told that nobody reads, where its end can
 /// not be closed.
@@ -23,17 +31,31 @@ pub const IGNORED: Duration = Duration::from_secs(2);
 
 /// A process in a guest. Streams are separate, carry any bytes, and may be
 /// used from different threads.
+///
+/// Take the readers of its output before waiting for its end. In a guest with an agent of
+/// Kata's, [`Running::wait`] reads on by itself, so that nothing is lost: up to 1 MiB of a
+/// stream whose reader does nothing is kept for it, then the process waits as at a full
+/// pipe; what nobody has a reader for is dropped.
 #[derive(Clone)]
 pub struct Running {
     agent: Arc<Watched>,
     id: ProcessId,
     terminal: bool,
     limit: Option<Duration>,
+    /// In guests whose agent does not keep them.
+    streams: Option<Arc<Streams>>,
 }
 
 impl Running {
+    /// A process of our own agent's.
     pub(super) fn new(agent: Arc<Watched>, id: ProcessId, terminal: bool) -> Running {
-        Running { agent, id, terminal, limit: None }
+        Running { agent, id, terminal, limit: None, streams: None }
+    }
+
+    /// A process of an agent that forgets its output with its end.
+    pub(super) fn forgetful(agent: Arc<Watched>, id: ProcessId, terminal: bool) -> Running {
+        let streams = Streams::new(Arc::clone(&agent), id.clone(), terminal);
+        Running { streams: Some(streams), ..Running::new(agent, id, terminal) }
     }
 
     /// The same, for a process that never does nothing for so long: one read or write of
@@ -54,7 +76,15 @@ impl Running {
 
     /// Its standard input; closed when the writer is dropped.
     pub fn stdin(&self) -> StreamWriter {
-        StreamWriter { agent: Arc::clone(&self.agent), id: self.id.clone(), limit: self.limit }
+        // Kata's agents of 2.x and later close the whole terminal (`close_stdin` of rustjail's
+        // process.rs in 4.1), and what was not read is lost; those of 1.x do nothing.
+        let typed = self.terminal && self.streams.is_some();
+        StreamWriter {
+            agent: Arc::clone(&self.agent),
+            id: self.id.clone(),
+            limit: self.limit,
+            typed,
+        }
     }
 
     /// Its standard output.
@@ -72,15 +102,27 @@ impl Running {
         let (agent, id, limit) = (Arc::clone(&self.agent), self.id.clone(), self.limit);
         // A process that works need not complain.
         let limit = limit.filter(|_| stream == Stream::Out);
-        StreamReader { agent, id, stream, rest: (Vec::new(), 0), ended, limit }
+        let streams = self.streams.clone();
+        if let Some(streams) = &streams {
+            streams.open(stream);
+        }
+        StreamReader { agent, id, stream, rest: (Vec::new(), 0), ended, limit, streams }
     }
 
     /// Waits for its end: its exit code, 128 + n when signal n ended it.
     ///
+    /// In a guest with an agent of Kata's, its output ends first: this returns once both
+    /// streams have been read to their end, by readers or by this. Processes that it left
+    /// behind and that hold its streams are waited for until they have written nothing for
+    /// 10 s; what they write later is lost. A reader that failed is not waited for.
+    ///
     /// # Errors
     /// When the agent cannot be reached any more, or does not answer.
     pub fn wait(&self) -> Result<i32, Error> {
-        self.agent.wait(None, |agent| agent.wait_process(&self.id, None))
+        let ask = || self.agent.wait(None, |agent| agent.wait_process(&self.id, None));
+        let Some(streams) = &self.streams else { return ask() };
+        streams.finish(None)?;
+        streams.code(ask)
     }
 
     /// The same, for at most so long.
@@ -88,7 +130,16 @@ impl Running {
     /// # Errors
     /// As [`Running::wait`], and when it has not ended.
     pub(super) fn wait_within(&self, within: Duration) -> Result<i32, Error> {
-        self.agent.call(|agent| agent.wait_process(&self.id, Some(within)))
+        let until = Instant::now() + within;
+        if let Some(streams) = &self.streams {
+            streams.finish(Some(within))?;
+        }
+        let left = until.saturating_duration_since(Instant::now()).max(LAST_CALL);
+        let ask = || self.agent.call(|agent| agent.wait_process(&self.id, Some(left)));
+        match &self.streams {
+            Some(streams) => streams.code(ask),
+            None => ask(),
+        }
     }
 
     /// Sends it a signal, by number.
@@ -109,7 +160,7 @@ impl Running {
     }
 }
 
-fn as_io(e: Error) -> io::Error {
+pub(super) fn as_io(e: Error) -> io::Error {
     let kind = match &e {
         // The process has ended or closed its standard input.
         Error::Agent(agent::Error::Refused { .. }) => io::ErrorKind::BrokenPipe,
@@ -123,6 +174,8 @@ pub struct StreamWriter {
     agent: Arc<Watched>,
     id: ProcessId,
     limit: Option<Duration>,
+    /// Its end is a character.
+    typed: bool,
 }
 
 impl Write for StreamWriter {
@@ -147,6 +200,11 @@ impl Write for StreamWriter {
 impl Drop for StreamWriter {
     fn drop(&mut self) {
         // It may have ended, and then there is nothing to close.
+        if self.typed {
+            let _ =
+                self.agent.call(|agent| agent.write_process_stdin(&self.id, vec![END_OF_INPUT]));
+            return;
+        }
         let _ = self.agent.call(|agent| agent.close_process_stdin(&self.id));
     }
 }
@@ -161,6 +219,7 @@ pub struct StreamReader {
     rest: (Vec<u8>, usize),
     ended: bool,
     limit: Option<Duration>,
+    streams: Option<Arc<Streams>>,
 }
 
 impl StreamReader {
@@ -177,6 +236,11 @@ impl StreamReader {
         }
         if self.ended {
             return Ok(Vec::new());
+        }
+        if let Some(streams) = &self.streams {
+            let bytes = streams.next(self.stream, self.limit)?;
+            self.ended = bytes.is_empty();
+            return Ok(bytes);
         }
         let bytes = self
             .agent
@@ -223,34 +287,26 @@ impl StreamReader {
     /// # Errors
     /// When the agent can not be reached any more.
     pub fn close(mut self) -> io::Result<()> {
-        if std::mem::replace(&mut self.ended, true) {
+        if self.ended {
             return Ok(());
         }
-        match self.agent.own() {
-            true => {
-                let closed = self.agent.call(|a| a.read_stream(&self.id, self.stream, 0));
-                closed.map(|_| ()).map_err(as_io)
-            }
-            false => self.drain(),
+        if self.agent.own() {
+            let closed = self.agent.call(|a| a.read_stream(&self.id, self.stream, 0));
+            return closed.map(|_| ()).map_err(as_io);
         }
-    }
-
-    fn drain(&mut self) -> io::Result<()> {
-        let signal = |n: i32| self.agent.call(|a| a.signal_process(&self.id, n as u32));
-        let _ = signal(libc::SIGPIPE);
+        let signal = |reader: &StreamReader, n: i32| {
+            let _ = reader.agent.call(|a| a.signal_process(&reader.id, n as u32));
+        };
+        signal(&self, libc::SIGPIPE);
         let patience = Instant::now() + IGNORED;
         let mut killed = false;
-        loop {
-            let read =
-                self.agent.wait(self.limit, |a| a.read_stream(&self.id, self.stream, CHUNK as u32));
-            if read.map_err(as_io)?.is_empty() {
-                return Ok(());
-            }
+        while !self.next_chunk()?.is_empty() {
             if !killed && Instant::now() > patience {
                 killed = true;
-                let _ = signal(libc::SIGKILL);
+                signal(&self, libc::SIGKILL);
             }
         }
+        Ok(())
     }
 }
 
@@ -264,5 +320,13 @@ impl Read for StreamReader {
         buffer[..n].copy_from_slice(&bytes[*at..*at + n]);
         *at += n;
         Ok(n)
+    }
+}
+
+impl Drop for StreamReader {
+    fn drop(&mut self) {
+        if let Some(streams) = &self.streams {
+            streams.close(self.stream);
+        }
     }
 }

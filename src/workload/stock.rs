@@ -16,6 +16,7 @@ use std::path::Path;
 use nix::sys::stat::SFlag;
 
 use super::{Error, Guest};
+use crate::agent;
 use crate::ids::{halves, named, Named};
 use crate::proto::agent::CopyFileRequest;
 use crate::proto::oci::{LinuxCapabilities, LinuxResources, Process, Spec, User};
@@ -190,6 +191,42 @@ pub fn adapt_process(process: &mut Process) -> Result<(), Error> {
     Ok(())
 }
 
+/// Why a process was not started: Kata's agents have one code for all, and tell by their
+/// text that the program is the matter.
+///
+/// Those of 2.x and later find a program that may not be executed only after they have said
+/// that it runs: it then ends with code 13, the errno (`do_exec` of rustjail's container.rs).
+pub(super) fn start_error(e: agent::Error) -> Error {
+    let agent::Error::Refused { text, .. } = &e else { return Error::Agent(e) };
+    match program_matter(text) {
+        Some(Matter::Missing) => Error::NotFound { text: text.clone() },
+        Some(Matter::NotExecutable) => Error::NotExecutable { text: text.clone() },
+        None => Error::Agent(e),
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Matter {
+    Missing,
+    NotExecutable,
+}
+
+/// Sources: `do_init_child` of rustjail's container.rs in kata-containers 2.0 to 4.1 ("the
+/// file X was not found"); Go's `exec.LookPath`, as libcontainer of agent 1.13 passes its
+/// error on (`exec: "X": executable file not found in $PATH`, `permission denied`).
+fn program_matter(text: &str) -> Option<Matter> {
+    let first = text.lines().next().unwrap_or_default();
+    if first.starts_with("the file ") && first.ends_with(" was not found") {
+        return Some(Matter::Missing);
+    }
+    let (_, looked_up) = text.split_once("exec: ")?;
+    let says = |what: &str| looked_up.contains(what);
+    if says("executable file not found in $PATH") || says("no such file or directory") {
+        return Some(Matter::Missing);
+    }
+    says("permission denied").then_some(Matter::NotExecutable)
+}
+
 /// `user[:group]` in numbers.
 fn numbers(text: &str) -> Result<User, Error> {
     let (user, group) = halves(text);
@@ -207,6 +244,26 @@ fn numbers(text: &str) -> Result<User, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_tells_that_the_program_is_the_matter() {
+        let go = |why: &str| {
+            format!(
+                "Could not run process: container_linux.go:349: starting container process \
+                 caused \"exec: \\\"/x\\\": {why}\""
+            )
+        };
+        for (text, matter) in [
+            ("the file nope was not found".to_string(), Some(Matter::Missing)),
+            (go("executable file not found in $PATH"), Some(Matter::Missing)),
+            (go("stat /x: no such file or directory"), Some(Matter::Missing)),
+            (go("permission denied"), Some(Matter::NotExecutable)),
+            ("open /x: no such file or directory".into(), None),
+            ("the file system was not found there".into(), None),
+        ] {
+            assert_eq!(program_matter(&text), matter, "{text}");
+        }
+    }
 
     #[test]
     fn users_are_numbers() {

@@ -98,7 +98,7 @@ fn here_or(variable: &str) -> PathBuf {
     std::env::var_os("NESTED_INITRD").map_or_else(|| named(variable), PathBuf::from)
 }
 
-const KATA3_DIFFERS: [(&str, &str); 4] =
+pub const KATA3_DIFFERS: [(&str, &str); 4] =
     [("pids", "unsupported"), ("table", "unsupported"), ("killed", "9"), ("main killed", "9")];
 
 #[test]

@@ -19,6 +19,7 @@
 //! | `conformance` | one walk through all that agents can do |
 //! | `transports` | our agent walks it, over each transport |
 //! | `kata1`     | agents of Kata 1.x, scripted: gRPC, yamux, the proxy process |
+//! | `doubles`   | doubles of Kata's agents in real guests: streams, codes, signals |
 //! | `interop`   | stock agents, clients and servers, for who has them (`tests/interop/run`) |
 //! | `doctor`    | what a host lacks; what a server counts, as OpenMetrics |
 //! | `messages`  | what a server tells syslog, in both forms, and how much |
@@ -56,6 +57,7 @@ mod daemon;
 mod deaths;
 mod devices;
 mod doctor;
+mod doubles;
 mod faults;
 mod guest;
 mod hostile;

@@ -18,13 +18,21 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
         let script = "dpkg -l | grep -c ^ii; perl -e 'print 6*7, qq(\\n)'; \
                       stat -c '%a %U' /usr/bin/passwd; readlink /bin; \
                       test \"$(stat -c %i /usr/bin/perl)\" = \"$(stat -c %i /usr/bin/perl5.36.0)\" \
-                      && echo linked; cat /proc/1/comm > /dev/null && ls /dev/pts/ptmx";
+                      && echo linked; cat /proc/1/comm > /dev/null && ls /dev/pts/ptmx; \
+                      cp /usr/bin/id /suid; chmod 4755 /suid; \
+                      setpriv --reuid 1000 --regid 1000 --clear-groups /suid -u; \
+                      mknod /null c 1 3 && echo x > /null && echo device; \
+                      getent hosts $(hostname) | wc -l; stat -c %Y /etc/debian_version";
         let out =
             d.output(&["run", "--rootfs", root, "--env", "LC_ALL=C", "--", "sh", "-c", script]);
         let lines = text(&out.stdout);
         let lines: Vec<&str> = lines.lines().collect();
         let expected = expected.to_string();
+        let changed = std::fs::metadata(directory.join("etc/debian_version")).unwrap();
+        let changed = std::os::unix::fs::MetadataExt::mtime(&changed).to_string();
         let want = [expected.as_str(), "42", "4755 root", "usr/bin", "linked", "/dev/pts/ptmx"];
+        // Set-uid programs, devices, this guest's name, times: as in a container of runc's.
+        let want: Vec<&str> = want.into_iter().chain(["0", "device", "1", &changed]).collect();
         assert_eq!(lines, want, "{root}: {}", text(&out.stderr));
         d.wait_ready(1);
     }

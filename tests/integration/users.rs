@@ -114,6 +114,12 @@ fn a_full_guest_is_enospc_and_lives() {
     // A great many small files fit; tests/soak makes as many as there can be.
     let (_, inodes, _) = sh("df -i / | awk 'END { print $2 }'");
     assert!(inodes.parse::<u64>().unwrap() > 100_000, "{inodes}");
+    if std::env::var_os("VMCACHE_SOAK").is_some() {
+        let many = "mkdir /many; cd /many; seq 1 400000 | xargs mkdir 2>&1 | tail -n 1";
+        let (_, out, _) = sh(many);
+        assert!(out.contains("No space left on device"), "{out}");
+        sh("rm -rf /many");
+    }
     let (ends, _, err) = sh("dd if=/dev/zero of=/fill bs=1M; rm /fill; echo back > /f");
     assert_eq!(ends, 0, "{err}");
     d.ok(&["stop", &id]);

@@ -43,11 +43,18 @@ fn exec_id(id: &ProcessId) -> String {
     if id.exec.is_empty() { &id.container } else { &id.exec }.clone()
 }
 
-/// The end of a stream is an error without a code there.
+/// The end of a stream is an error without a code there: of a pipe io.EOF, of a terminal what
+/// read(2) says once all have closed it.
+///
+/// Source: `readStdio` of agent.go and epoll.go, kata-containers/agent 1.13.
 fn end_of_stream(answer: Outcome<ReadStreamResponse>) -> Outcome<Vec<u8>> {
     match answer {
         Ok(answer) => Ok(answer.data),
-        Err(Error::Refused { code: Code::UNKNOWN, text, .. }) if text == "EOF" => Ok(Vec::new()),
+        Err(Error::Refused { code: Code::UNKNOWN, text, .. })
+            if text == "EOF" || text.ends_with(": input/output error") =>
+        {
+            Ok(Vec::new())
+        }
         Err(e) => Err(e),
     }
 }
@@ -346,6 +353,16 @@ impl Agent for Kata1Agent {
         let option = time.map_or_else(endless, within);
         let answer = self.link()?.agent.wait_process_opt(&r, option);
         answer.map(|a| a.status).map_err(|e| failed("WaitProcess", e))
+    }
+
+    fn has_ended(&self, id: &ProcessId) -> Outcome<bool> {
+        // Of a container's own process they never say it; its streams end with all that is in
+        // the container (`SignalProcess` of grpc.go, kata-containers/agent 1.13).
+        match self.signal_process(id, 0) {
+            Err(Error::Refused { text, .. }) => Ok(text.ends_with("no such process")),
+            Ok(()) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     fn write_process_stdin(&self, id: &ProcessId, data: Vec<u8>) -> Outcome<u32> {
