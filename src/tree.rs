@@ -10,6 +10,9 @@
 //! | `compressed` | archives compressed by gzip, xz, zstd |
 //! | `measure`   | how much room a tree or a tar takes |
 //! | `target`    | where `extract` writes: a directory that nothing leads out of |
+//! | [`naming`]  | what a copy is called where it arrives |
+//! | [`measure`](measure::measure) | what a tree takes up, before it is sent |
+//! | `forward`   | a guest's stream becomes a tar of the host's own making, for `cp ID:PATH -` |
 //! | `walk`      | directories and files opened one name after the other, for `pack` |
 //!
 //! Invariants: [`pack`] never follows a symbolic link, and never waits for what is no
@@ -23,6 +26,8 @@ use std::path::{Path, PathBuf};
 
 mod holes;
 mod inode;
+pub mod measure;
+pub mod naming;
 mod pack;
 mod pax;
 mod reader;
@@ -38,7 +43,7 @@ pub mod compressed;
 #[cfg(feature = "host")]
 pub mod extract;
 #[cfg(feature = "host")]
-pub mod measure;
+mod forward;
 #[cfg(feature = "host")]
 mod stop;
 #[cfg(feature = "host")]
@@ -51,10 +56,19 @@ pub use unpack::{unpack, Unpacked};
 #[cfg(feature = "host")]
 pub use extract::{extract, Extracted, Policy};
 #[cfg(feature = "host")]
+pub use forward::forward;
+#[cfg(feature = "host")]
 pub use stop::Stop;
 
 /// Environment variable of the guest's `pack`: sockets are left out, and no error.
 pub const SKIP_SOCKETS: &str = "VMCACHE_SKIP_SOCKETS";
+/// Environment variable of the guest's `pack`: the root in which its path's links lead.
+pub const ROOT: &str = "VMCACHE_ROOT";
+/// Environment variable of the guest's `pack`: a link that is named is followed.
+pub const FOLLOW: &str = "VMCACHE_FOLLOW";
+/// Environment variable of the guest's `unpack` and `put`: what comes needs so much
+/// ([`measure::Needs::text`]), and what is known of the file system is told on stdout.
+pub const NEEDS: &str = "VMCACHE_NEEDS";
 
 /// Most bytes of one entry's names and extended attributes.
 pub const MAX_NAMES: u64 = 1024 * 1024;
@@ -90,9 +104,9 @@ impl fmt::Display for Error {
         match self {
             // Whole in one line: in the guest, this is all that is printed.
             Error::Io { during, path, source } => {
-                write!(f, "{during} {}: {source}", path.display())
+                write!(f, "{during} {}: {}", path.display(), causes(source))
             }
-            Error::Stream { source } => write!(f, "read the tar stream: {source}"),
+            Error::Stream { source } => write!(f, "read the tar stream: {}", causes(source)),
             Error::Escape { name } => {
                 write!(f, "unpack {}: the name leaves the target; refused", name.display())
             }
@@ -118,6 +132,38 @@ impl fmt::Display for Error {
 }
 
 impl error::Error for Error {}
+
+impl Error {
+    /// The system's number for it, if it was the system that refused.
+    pub fn errno(&self) -> Option<i32> {
+        let (Error::Io { source, .. } | Error::Stream { source }) = self else { return None };
+        let mut next: Option<&(dyn error::Error + 'static)> = Some(source);
+        while let Some(e) = next {
+            let io = e.downcast_ref::<io::Error>();
+            if let Some(number) = io.and_then(io::Error::raw_os_error) {
+                return Some(number);
+            }
+            // An error inside an `io::Error` is not among its sources, but its own are.
+            let inner = io.and_then(io::Error::get_ref);
+            next = inner.map(|e| e as &(dyn error::Error + 'static)).or_else(|| e.source());
+        }
+        None
+    }
+}
+
+/// An error with all that caused it: some name a file, and keep the reason to themselves.
+fn causes(e: &io::Error) -> String {
+    let mut out = e.to_string();
+    let mut next = error::Error::source(e);
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !out.ends_with(&text) {
+            out = format!("{out}: {text}");
+        }
+        next = cause.source();
+    }
+    out
+}
 
 fn io_at<'a>(during: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
     move |source| Error::Io { during, path: path.to_path_buf(), source }

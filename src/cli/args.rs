@@ -3,6 +3,7 @@
 mod attach;
 mod setup;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,7 +81,7 @@ pub enum Command {
     Run(Run),
     /// Run a further command in a VM that was claimed
     Exec(Exec),
-    /// Copy files into a VM (FILE ID:DIR) or out of it (ID:FILE DIR)
+    /// Copy files into a VM (PATH ID:PATH) or out of it (ID:PATH PATH)
     Cp(Cp),
     /// Send a signal to a command in a VM that was claimed
     Kill(Kill),
@@ -323,10 +324,16 @@ fn signal(text: &str) -> Result<i32, String> {
 
 #[derive(Args, Debug)]
 pub struct Cp {
-    /// What to copy: FILE, or ID:FILE
-    pub source: String,
-    /// Where to: ID:DIR, or DIR
-    pub target: String,
+    /// What to copy, as docker cp: PATH, ID:PATH, or - for a tar stream on standard input.
+    /// PATH/. is what is in a directory
+    pub source: OsString,
+    /// Where to: ID:PATH, PATH, or - for a tar stream on standard output. What is there
+    /// decides: into a directory, in a file's place, else by that name. With - as the source,
+    /// a directory
+    pub target: OsString,
+    /// Follow SOURCE if it is a symbolic link; links below it stay links
+    #[arg(long, short = 'L')]
+    pub follow_link: bool,
     /// Out of a VM whose guest is TRUSTED, and as root: owners, set-id bits, times, extended
     /// attributes, devices and FIFOs, too. Else files, directories and links come out, as
     /// this user's own

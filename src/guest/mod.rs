@@ -9,7 +9,7 @@
 //!
 //! It speaks Kata's `grpc.AgentService` and `grpc.Health`. The binary has several
 //! lives, told apart by its arguments: PID 1, the first stage of a container
-//! (`stage`), `unpack` and `pack` of tar streams, and `--version`.
+//! (`stage`), `unpack`, `put` and `pack` of tar streams, and `--version`.
 //!
 //! Invariants: PID 1 never exits and never panics on a request; every child is
 //! reaped by one thread (`reaper`); what a request makes, `RemoveContainer`
@@ -42,6 +42,7 @@ mod pack;
 mod process;
 mod reaper;
 mod sandbox;
+mod scope;
 mod service;
 mod stage;
 mod stats;
@@ -70,6 +71,7 @@ pub fn main() -> ! {
         }
         ["stage", dir, name] => stage::run(dir, name),
         ["unpack", target] => unpack::run(target),
+        ["put", root, path, kind, name] => unpack::put(root, path, kind, name),
         ["pack", source] => pack::run(source),
         _ if std::process::id() == 1 => boot::run(),
         _ => Err(failure::Failure::internal(

@@ -12,9 +12,11 @@ use crate::proto::agent::{
 /// Reads everything now.
 pub fn read(cgroup: &Cgroup) -> StatsContainerResponse {
     let cpu = fields(&cgroup.read("cpu.stat"));
-    let memory = fields(&cgroup.read("memory.stat"));
+    let mut memory = fields(&cgroup.read("memory.stat"));
     let get = |m: &HashMap<String, u64>, k: &str| m.get(k).copied().unwrap_or(0);
     let events = fields(&cgroup.read("memory.events"));
+    // Who ended a process is asked of no other file.
+    memory.insert("oom_kill".into(), get(&events, "oom_kill"));
     let number = |f: &str| -> u64 {
         match cgroup.read(f).trim() {
             "max" => u64::MAX,

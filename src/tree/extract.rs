@@ -27,6 +27,7 @@ use nix::sys::stat::{fchmod, fstat, makedev, mknodat, Mode, SFlag};
 
 use super::budget::{room, Budget};
 use super::inode::{Lost, Meta};
+use super::naming::Allowed;
 use super::reader::{path as shown, Entry, Kind, Reader};
 use super::target::{Name, Target};
 use super::walk::identity;
@@ -49,8 +50,13 @@ pub const MAX_ENTRIES: u64 = 1_000_000;
 /// What may come out of a guest.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// The one name that the stream may have, at its top.
+    /// The one name that the stream may have, at its top; empty: any, since it is what is
+    /// in a directory.
     pub name: Vec<u8>,
+    /// What that is called on this host, if it is called something else.
+    pub called: Option<Vec<u8>>,
+    /// What that may be.
+    pub allowed: Allowed,
     /// Whether owners, all modes, times, extended attributes, devices and FIFOs come, too:
     /// for guests that are trusted, and for root only.
     pub archive: bool,
@@ -63,7 +69,40 @@ pub struct Policy {
 impl Policy {
     /// What is usual, for a name.
     pub fn of(name: impl Into<Vec<u8>>) -> Policy {
-        Policy { name: name.into(), archive: false, bytes: MAX_BYTES, entries: MAX_ENTRIES }
+        Policy {
+            name: name.into(),
+            called: None,
+            allowed: Allowed::Any,
+            archive: false,
+            bytes: MAX_BYTES,
+            entries: MAX_ENTRIES,
+        }
+    }
+}
+
+impl Policy {
+    /// A name of the stream, which begins with the one that was asked for, as it is on this
+    /// host.
+    pub(super) fn place(&self, bytes: &[u8]) -> Result<Name, Why> {
+        let name = Name::parse(bytes)?;
+        if !self.name.is_empty() && name.first().as_bytes() != self.name {
+            let wanted = String::from_utf8_lossy(&self.name).into_owned();
+            return Err(Why::Foreign { wanted });
+        }
+        let Some(called) = &self.called else { return Ok(name) };
+        let path = name.path();
+        let rest = path.strip_prefix(name.first()).unwrap_or(Path::new(""));
+        Name::parse(&[called, &b"/"[..], rest.as_os_str().as_bytes()].concat())
+    }
+
+    /// Whether it may be of that kind: a guest says what it is, and this host has looked at
+    /// where it goes.
+    pub(super) fn admit(&self, name: &Name, directory: bool) -> Result<(), Why> {
+        let below = name.path().components().nth(1).is_some();
+        match self.allowed.refusal(directory || below) {
+            Some(why) if self.allowed == Allowed::NotDirectory || !below => Err(Why::NotThere(why)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -129,7 +168,8 @@ struct Work<'a> {
 impl Work<'_> {
     fn entry(&mut self, entry: &Entry, reader: &mut Reader<'_>) -> Result<(), Error> {
         let refuse = |why| Error::Refused { name: shown(&entry.name), why };
-        let name = self.name(&entry.name).map_err(refuse)?;
+        let name = self.policy.place(&entry.name).map_err(refuse)?;
+        self.policy.admit(&name, entry.kind == Kind::Directory).map_err(refuse)?;
         let device = match entry.kind {
             Kind::Character => Some("character device"),
             Kind::Block => Some("block device"),
@@ -150,7 +190,7 @@ impl Work<'_> {
         match entry.kind {
             Kind::Directory => return self.directory(entry, dir, name),
             Kind::Link => {
-                let to = self.name(&entry.link).map_err(|_| {
+                let to = self.policy.place(&entry.link).map_err(|_| {
                     let to = String::from_utf8_lossy(&entry.link).chars().take(256).collect();
                     refuse(Why::Link { to, why: "which leads out of the target" })
                 })?;
@@ -187,18 +227,6 @@ impl Work<'_> {
                 )
             }
             false => Ok(()),
-        }
-    }
-
-    /// A name of the stream, which begins with the one that was asked for.
-    fn name(&self, bytes: &[u8]) -> Result<Name, Why> {
-        let name = Name::parse(bytes)?;
-        match name.first().as_bytes() == self.policy.name {
-            true => Ok(name),
-            false => {
-                let wanted = String::from_utf8_lossy(&self.policy.name).into_owned();
-                Err(Why::Foreign { wanted })
-            }
         }
     }
 

@@ -1,116 +1,149 @@
-//! How much room a tree, or a tar, takes where it is unpacked.
+//! What a tree takes up in a guest's memory, told before it is sent.
 //!
-//! Invariant: nothing is read of a tree's files; of a tar, its headers are understood, so
-//! that a broken one is known before anything is sent.
+//! Invariants: nothing is opened but directories, no link is followed; what cannot be looked
+//! at counts nothing: it is who reads it that tells.
+//!
+//! Does not: promise anything. Others write to both sides meanwhile, so a file system may be
+//! full all the same.
 
 use std::collections::HashSet;
-use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
-use nix::sys::stat::SFlag;
+use super::MAX_DEPTH;
 
-use super::reader::{Kind, Reader};
-use super::{io_at, walk, Error, MAX_DEPTH};
-
-/// Bytes that a file system in memory gives at once.
+/// Bytes of a page: what a file system in memory gives a file at once.
 const PAGE: u64 = 4096;
 
-/// What something takes.
+/// Room in a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Bytes, in whole pages.
+    /// Bytes of files, each rounded up to whole pages, holes left out.
     pub bytes: u64,
-    /// Inodes.
+    /// Files, directories and links.
     pub inodes: u64,
 }
 
 impl Needs {
-    fn add(&mut self, bytes: u64) {
+    /// Adds one with so many bytes.
+    pub fn add(&mut self, bytes: u64) {
         let pages = bytes.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
         self.bytes = self.bytes.saturating_add(pages);
-        self.inodes += 1;
+        self.inodes = self.inodes.saturating_add(1);
+    }
+
+    /// As the guest is told it.
+    pub fn text(&self) -> String {
+        format!("{} {}", self.bytes, self.inodes)
+    }
+
+    /// What [`Needs::text`] wrote.
+    pub fn parse(text: &str) -> Option<Needs> {
+        let (bytes, inodes) = text.split_once(' ')?;
+        Some(Needs { bytes: bytes.parse().ok()?, inodes: inodes.parse().ok()? })
     }
 }
 
-/// What a file or directory takes, with all that is in it.
-///
-/// # Errors
-/// As [`pack`](super::pack()).
-pub fn of_tree(source: &Path) -> Result<Needs, Error> {
-    let mut walk = Walk { needs: Needs::default(), seen: HashSet::new() };
-    if source.is_dir() {
-        let dir = walk::open_named(source).map_err(io_at("open", source))?;
-        walk.contents(dir.as_fd(), source, 0)?;
-        return Ok(walk.needs);
-    }
-    let meta = std::fs::symlink_metadata(source).map_err(io_at("look at", source))?;
-    walk.needs.add(if meta.is_file() { meta.len() } else { 0 });
-    Ok(walk.needs)
-}
-
-struct Walk {
-    needs: Needs,
-    seen: HashSet<(u64, u64)>,
-}
-
-impl Walk {
-    fn contents(&mut self, dir: BorrowedFd<'_>, path: &Path, depth: usize) -> Result<(), Error> {
-        let failed = io_at("look at", path);
-        if depth > MAX_DEPTH {
-            return Err(Error::Deep { path: path.to_path_buf() });
-        }
-        for name in walk::names(dir).map_err(&failed)? {
-            let at = path.join(&name);
-            let failed = io_at("look at", &at);
-            let stat = walk::look(dir, &name).map_err(&failed)?;
-            if stat.st_nlink > 1
-                && walk::kind(&stat) != SFlag::S_IFDIR
-                && !self.seen.insert(walk::identity(&stat))
-            {
-                continue;
-            }
-            let of = |n: i64| u64::try_from(n).unwrap_or(0);
-            match walk::kind(&stat) {
-                SFlag::S_IFREG => {
-                    let allocated = of(stat.st_blocks).saturating_mul(512);
-                    // A file may be larger than what it takes here, by its holes, and smaller,
-                    // where it is compressed.
-                    let holes = allocated < of(stat.st_size);
-                    self.needs.add(if holes { allocated } else { of(stat.st_size) });
-                }
-                SFlag::S_IFDIR => {
-                    self.needs.add(0);
-                    let opened = walk::open_directory(dir, &name, &stat).map_err(&failed)?;
-                    self.contents(opened.as_fd(), &at, depth + 1)?;
-                }
-                SFlag::S_IFSOCK => {}
-                _ => self.needs.add(0),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What a tar takes, and whether it is one that `docker save` wrote, whose files are layers.
-///
-/// # Errors
-/// As [`unpack`](super::unpack()).
-pub fn of_tar(stream: &mut dyn Read) -> Result<(Needs, bool), Error> {
+/// Looks at a file, or a directory and all that is in it on the same file system; `top` says
+/// whether `source` itself counts.
+pub fn measure(source: &Path, top: bool) -> Needs {
     let mut needs = Needs::default();
-    let (mut manifest, mut system) = (false, false);
-    let mut reader = Reader::trusting(stream);
-    while let Some(entry) = reader.next()? {
-        let name = entry.name.strip_prefix(b"./").unwrap_or(&entry.name);
-        manifest |= matches!(name, b"manifest.json" | b"oci-layout");
-        system |= ["bin", "usr", "etc", "sbin"].iter().any(|dir| {
-            name.strip_prefix(dir.as_bytes()).is_some_and(|r| r.is_empty() || r[0] == b'/')
-        });
-        match entry.kind {
-            Kind::File => needs.add(entry.pieces.iter().map(|p| p.length).sum()),
-            Kind::Link => {}
-            _ => needs.add(0),
+    let mut seen = HashSet::new();
+    let Ok(meta) = (if top { source.symlink_metadata() } else { source.metadata() }) else {
+        return needs;
+    };
+    let device = meta.dev();
+    let mut left: Vec<(PathBuf, usize)> = Vec::new();
+    let mut count = |path: &Path, meta: &fs::Metadata, depth: usize, top: bool| {
+        let file = meta.is_file();
+        if file && meta.nlink() > 1 && !seen.insert((meta.dev(), meta.ino())) {
+            return None;
+        }
+        if top {
+            let held = meta.blocks().saturating_mul(512);
+            needs.add(if file { meta.len().min(held.max(1)) } else { 0 });
+        }
+        let enter = meta.is_dir() && meta.dev() == device && depth < MAX_DEPTH;
+        enter.then(|| (path.to_path_buf(), depth + 1))
+    };
+    left.extend(count(source, &meta, 0, top));
+    while let Some((directory, depth)) = left.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if let Ok(meta) = path.symlink_metadata() {
+                left.extend(count(&path, &meta, depth, true));
+            }
         }
     }
-    Ok((needs, manifest && !system))
+    needs
+}
+
+#[cfg(feature = "host")]
+pub use stream::measure_tar;
+
+#[cfg(feature = "host")]
+mod stream {
+    use std::io::Read;
+
+    use super::super::reader::{Kind, Reader};
+    use super::super::Error;
+    use super::Needs;
+
+    /// Directories of which a root file system has one.
+    const SYSTEM: [&[u8]; 4] = [b"bin", b"usr", b"etc", b"sbin"];
+
+    /// The same of a tar stream, which is read to its end; and whether it is one that
+    /// `docker save` wrote, whose files are layers.
+    ///
+    /// # Errors
+    /// When it is none that is understood: then nobody knows.
+    pub fn measure_tar(stream: &mut dyn Read) -> Result<(Needs, bool), Error> {
+        let (mut needs, mut reader) = (Needs::default(), Reader::trusting(stream));
+        let (mut manifest, mut system) = (false, false);
+        while let Some(entry) = reader.next()? {
+            let name = entry.name.strip_prefix(b"./").unwrap_or(&entry.name);
+            let first = name.split(|b| *b == b'/').find(|part| !part.is_empty());
+            manifest |= matches!(name, b"manifest.json" | b"oci-layout");
+            system |= first.is_some_and(|first| SYSTEM.contains(&first));
+            if entry.kind != Kind::Link {
+                let stored = entry.pieces.iter().fold(0u64, |n, p| n.saturating_add(p.length));
+                needs.add(if entry.kind == Kind::File { stored } else { 0 });
+            }
+        }
+        Ok((needs, manifest && !system))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_and_its_tar_need_the_same() {
+        let dir = std::env::temp_dir().join(format!("vmcache-measure-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("sub")).unwrap();
+        fs::write(dir.join("sub/one"), vec![b'x'; 5000]).unwrap();
+        fs::hard_link(dir.join("sub/one"), dir.join("twin")).unwrap();
+        fs::write(dir.join("empty"), b"").unwrap();
+        std::os::unix::fs::symlink("/etc", dir.join("link")).unwrap();
+        let holes = fs::File::create(dir.join("holes")).unwrap();
+        holes.set_len(1 << 30).unwrap();
+        // one, empty, link, holes, sub
+        let needs = measure(&dir, false);
+        assert_eq!(needs.inodes, 5);
+        assert!((8192..16 << 10).contains(&needs.bytes), "{needs:?}");
+        assert_eq!(measure(&dir, true).inodes, 6);
+        assert_eq!(measure(&dir.join("nothing"), true), Needs::default());
+        assert_eq!(Needs::parse(&needs.text()), Some(needs));
+        assert_eq!(Needs::parse("1"), None);
+
+        let mut bytes = Vec::new();
+        super::super::pack(&dir, Path::new(""), super::super::Sockets::Skip, &mut bytes).unwrap();
+        let told = measure_tar(&mut bytes.as_slice()).unwrap();
+        assert_eq!(told.0.inodes, 5);
+        assert!((8192..16 << 10).contains(&told.0.bytes), "{told:?}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

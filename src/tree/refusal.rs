@@ -22,6 +22,8 @@ pub enum Why {
     Deep,
     /// A part of its name is something else than a directory.
     NoDirectory { part: String },
+    /// It may not take the place that it is to have.
+    NotThere(&'static str),
     /// A directory is there, which nothing replaces.
     OverDirectory,
     /// What it is a hard link to.
@@ -60,6 +62,7 @@ impl fmt::Display for Why {
             Why::NoDirectory { part } => {
                 write!(f, "{part:?} in its name is a link, or a file, and no directory; refused")
             }
+            Why::NotThere(why) => f.write_str(why),
             Why::OverDirectory => f.write_str(
                 "a directory of that name is there, and only a directory can be put in its \
                  place: remove it, or copy to another directory",

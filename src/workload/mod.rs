@@ -26,7 +26,7 @@ pub use attached::Place;
 pub use command::Command;
 use error::start_error;
 pub use error::Error;
-pub use files::{copy_in, copy_out, send_root, CopyPolicy};
+pub use files::{copy_in, copy_out, send_root, stream_in, stream_out, CopyPolicy};
 pub use running::{Running, StreamCloser, StreamReader, StreamWriter};
 pub use silence::{run_state, RunState};
 

@@ -151,8 +151,9 @@ fn compare(dir: &Path, archive: &Path, what: &str) {
         }
     }
     same(&theirs, &ours, what);
-    let (needs, _) = measure::of_tar(&mut compressed::plain(File::open(archive).unwrap()).unwrap())
-        .unwrap_or_else(|e| panic!("{what}: {e}"));
+    let (needs, _) =
+        measure::measure_tar(&mut compressed::plain(File::open(archive).unwrap()).unwrap())
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
     assert!(needs.inodes > 0, "{what}");
 }
 
