@@ -86,11 +86,11 @@ impl Allowed {
     pub fn refusal(self, directory: bool) -> Option<&'static str> {
         match (self, directory) {
             (Allowed::NotDirectory, true) => Some(
-                "a directory cannot be copied onto what is no directory: name one, or a name that \
-                 is not there yet",
+                "a directory cannot be copied onto what is no directory (os error 20): name a \
+                 directory, or a name that is not there yet",
             ),
             (Allowed::Directory, false) => Some(
-                "no such directory: a name that ends with a slash must be a directory's; make it \
+                "no such directory (os error 2): a name that ends with a slash must be a directory's; make it \
                  first, or leave the slash out",
             ),
             _ => None,
@@ -166,7 +166,7 @@ pub fn from_root(path: &str) -> String {
 pub fn decide(there: There, ending: Ending) -> Result<(Onto, Allowed), &'static str> {
     match (there, ending.is_directory()) {
         (There::Directory, _) => Ok((Onto::Inside, Allowed::Any)),
-        (There::File, true) => Err("it is no directory, and its name ends with a slash"),
+        (There::File, true) => Err("Not a directory (os error 20), and its name ends with a slash"),
         (There::File, false) => Ok((Onto::As, Allowed::NotDirectory)),
         (There::Nothing, true) => Ok((Onto::As, Allowed::Directory)),
         (There::Nothing, false) => Ok((Onto::As, Allowed::Any)),

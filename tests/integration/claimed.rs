@@ -39,8 +39,8 @@ fn exec_cp_ps_stats_pause_resume_list_stop() {
     assert_eq!(seen, "640 3000000\n");
     let back = d.dir.0.join("back");
     d.ok(&["cp", &format!("{short}:/root/tree"), back.to_str().unwrap()]);
-    assert!(fs::read(back.join("tree/sub/data")).unwrap() == bytes);
-    assert_eq!(fs::read_link(back.join("tree/link")).unwrap().to_str(), Some("sub/data"));
+    assert!(fs::read(back.join("sub/data")).unwrap() == bytes);
+    assert_eq!(fs::read_link(back.join("link")).unwrap().to_str(), Some("sub/data"));
     let out = d.output(&["cp", &format!("{short}:/nosuch"), back.to_str().unwrap()]);
     assert!(text(&out.stderr).contains("/nosuch"), "{}", text(&out.stderr));
     assert_eq!(out.status.code(), Some(1));

@@ -15,6 +15,7 @@
 //! | `share`     | a root file system by virtio-fs; what serves a VM goes with it |
 //! | `attach`    | disks and network cards at claim time, and what is wrong with them |
 //! | `claimed`   | exec, cp, ps, stats, pause, resume, list, stop |
+//! | `copies`    | cp by docker cp's rules both ways, tar streams, what does not fit, whose error |
 //! | `guest`     | every agent call; four clients at once; a client that dies |
 //! | `conformance` | one walk through all that agents can do |
 //! | `transports` | our agent walks it, over each transport |
@@ -53,6 +54,7 @@ mod claimed;
 mod confinement;
 mod conformance;
 mod control;
+mod copies;
 mod daemon;
 mod deaths;
 mod devices;
