@@ -6,12 +6,10 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
-use crate::daemon::{
-    assert_nothing_left, feed, for_all_users, text, wait_for, Daemon, Dir, Options,
-};
+use crate::daemon::{assert_nothing_left, feed, text, wait_for, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// Sources below `src`, and what is there already below `t`.
@@ -221,11 +219,16 @@ fn copies_of_an_ordinary_user_follow_the_same_rules() {
     const SOMEBODY: u32 = 4243;
     let prepared = require_qemu!();
     let mut options = Options::pool(&prepared, 1);
-    options.server = Some((SOMEBODY, for_all_users(Path::new(env!("CARGO_BIN_EXE_vmcache")))));
-    for image in [&mut options.kernel, &mut options.initrd] {
-        *image = for_all_users(Path::new(image)).to_str().unwrap().to_string();
-    }
     let dir = Dir::new();
+    let program = dir.0.join("vmcache");
+    fs::copy(env!("CARGO_BIN_EXE_vmcache"), &program).unwrap();
+    for (image, name) in [(&mut options.kernel, "kernel"), (&mut options.initrd, "initrd")] {
+        let copy = dir.0.join(name);
+        fs::copy(&image, &copy).unwrap();
+        fs::set_permissions(&copy, fs::Permissions::from_mode(0o644)).unwrap();
+        *image = copy.to_str().unwrap().to_string();
+    }
+    options.server = Some((SOMEBODY, program));
     std::os::unix::fs::chown(&dir.0, Some(SOMEBODY), Some(SOMEBODY)).unwrap();
     let d = Daemon::launch(&options, dir);
     d.wait_ready(1);
