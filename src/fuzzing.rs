@@ -300,6 +300,8 @@ fn extract(bytes: &[u8]) {
         let _ = tree::extract(&mut &bytes[..], target, &most, &Stop::default());
         // Once more with sums that are right: hardly a mutation leaves one so.
         let _ = tree::extract(&mut &summed(bytes)[..], target, &most, &Stop::default());
+        let _ =
+            tree::forward(&mut &summed(bytes)[..], &mut std::io::sink(), &most, &Stop::default());
         let mut left: Vec<PathBuf> = vec![target.to_path_buf()];
         let (mut entries, mut size) = (0, 0);
         while let Some(path) = left.pop() {

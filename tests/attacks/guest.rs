@@ -191,6 +191,7 @@ fn what_is_copied_out_of_a_guest_is_files_directories_and_links() {
     trees_of_the_guest(&guest);
     replace_agent(&guest);
     streams_of_the_guest(&guest);
+    streams_passed_on(&guest);
     daemon.ok(&["stop", &guest.id]);
     assert_nothing_left(&daemon.quit().0);
 }
@@ -290,6 +291,40 @@ fn streams_of_the_guest(guest: &Guest<'_>) {
     assert!(guest.meta("fifo").unwrap().file_type().is_fifo());
     assert!(guest.meta("authorized_keys").is_some());
     assert_eq!(guest.meta("large").unwrap().len(), 200_000);
+}
+
+/// The same streams on `-`: what is passed on to who unpacks it.
+fn streams_passed_on(guest: &Guest<'_>) {
+    let passed = |name: &str, wall: &str| {
+        let mut cp = guest.daemon.command(&["cp", &format!("{}:/x/{name}", guest.id), "-"]);
+        let out = without(&mut cp, wall);
+        assert_harmless(&Output { stdout: Vec::new(), ..out.clone() });
+        out
+    };
+    let mode = |out: &Output| text(&out.stdout[100..107]);
+    let suid = passed("suid", "");
+    assert!(suid.status.success() && mode(&suid) == "0000755", "{}", mode(&suid));
+    let capable = passed("capable", "");
+    assert!(capable.status.success() && !text(&capable.stdout).contains("security.capability"));
+    for (name, why) in [
+        ("device", "character device"),
+        ("fifo", "FIFO"),
+        ("other", "asked for \"other\" alone"),
+        ("up", "leaves the target"),
+        ("absolute", "leaves the target"),
+        // Nothing has said that it is a directory.
+        ("middle", "no directory"),
+        ("hard", "a hard link to"),
+        ("noise", "no tar stream"),
+    ] {
+        let out = passed(name, "");
+        let err = text(&out.stderr);
+        assert!(out.status.code() == Some(1) && err.contains(why), "{name}: {err}");
+        let (end, down) = ([0; 1024], passed(name, "copies"));
+        assert!(!out.stdout.ends_with(&end), "{name}: it looks as if it were whole");
+        assert!(down.status.success() && !down.stdout.is_empty(), "{name}");
+    }
+    assert_eq!(mode(&passed("suid", "copies")), "0006755");
 }
 
 #[test]
