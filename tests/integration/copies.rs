@@ -9,7 +9,7 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
-use crate::daemon::{assert_nothing_left, feed, text, wait_for, Daemon, Dir, Options};
+use crate::daemon::{assert_nothing_left, feed, text, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// Sources below `src`, and what is there already below `t`.
@@ -300,8 +300,6 @@ fn streams(pair: &Pair<'_>) {
 
 fn errors(pair: &Pair<'_>) {
     let d = pair.daemon;
-    pair.sh("mkdir -p /root/small /root/few; mount -t tmpfs -o size=1m none /root/small
-        mount -t tmpfs -o nr_inodes=4 none /root/few");
     let to = |path: &str| format!("{}:{path}", pair.id);
     let file = |name: &str, bytes: usize| {
         let path = d.dir.0.join(name);
@@ -313,34 +311,40 @@ fn errors(pair: &Pair<'_>) {
         assert_eq!(out.status.code(), Some(1), "{err}");
         assert!(parts.iter().all(|part| err.contains(part)), "{parts:?}: {err}");
     };
-    // Before anything is sent.
-    let large = file("large", 3 << 20);
-    let parts = ["3.0 MiB (1 files)", "1.0 MiB free", "VM of 256 MiB", "--memory ", "--image"];
-    failed(pair.cp(&[], &large, &to("/root/small")), &parts);
-    assert_eq!(pair.sh("ls /root/small"), "");
-    let tree = pair.here.join("src/d");
-    failed(pair.cp(&[], tree.to_str().unwrap(), &to("/root/few")), &["4 files", "of 4 inodes"]);
+    // Before anything is sent: more inodes than the guest has in all.
+    let many = d.dir.0.join("many");
+    fs::create_dir(&many).unwrap();
+    for n in 0..70_000 {
+        std::os::unix::fs::symlink("x", many.join(n.to_string())).unwrap();
+    }
+    failed(pair.cp(&[], many.to_str().unwrap(), &to("/tmp")), &["(70001 files)", "inodes"]);
+    // All but three MiB of it is full.
+    pair.sh("free=$(df -k /tmp | tail -n 1 | awk '{print $4}')
+        dd if=/dev/zero of=/tmp/fill bs=1M count=$((free / 1024 - 3)) 2>/dev/null");
+    let large = file("large", 5 << 20);
+    let parts = ["5.0 MiB (1 files)", " MiB free", "VM of 256 MiB", "`--memory 320`", "--image"];
+    failed(pair.cp(&[], &large, &to("/tmp")), &parts);
+    assert_eq!(pair.sh("ls /tmp"), "fill\n");
     // One that takes the place of itself fits.
-    let most = file("most", 700 << 10);
+    let most = file("most", 2 << 20);
     for _ in 0..2 {
-        d.ok(&["cp", &most, &to("/root/small")]);
+        d.ok(&["cp", &most, &to("/tmp")]);
     }
     // What nobody could know before: the guest's own error, with its path.
     let mut tar = Command::new("tar");
     tar.arg("c").arg("-C").arg(&d.dir.0).arg("large");
     let packed = feed(tar, b"").stdout;
-    let out = feed_all(d.command(&["cp", "-", &to("/root/small")]), &packed);
-    failed(out, &["/root/small", "large", "os error 28", "--memory"]);
+    let out = feed_all(d.command(&["cp", "-", &to("/tmp")]), &packed);
+    failed(out, &["in /tmp", "large", "os error 28", "--memory"]);
 
-    // Who ended the guest's side.
-    let mut copy = d.command(&["cp", "-", &to("/root/few")]);
-    let mut copy = copy.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    wait_for("the guest's side", || d.ok(&["ps", &pair.id]).contains(" put "));
-    pair.sh("for p in /proc/[0-9]*; do case $(tr '\\0' ' ' < $p/cmdline) in
-        *'vmcache-agent put '*) kill -9 ${p#/proc/} ;; esac; done 2>/dev/null; true");
-    drop(copy.stdin.take());
-    failed(copy.wait_with_output().unwrap(), &["ended by signal 9", "in the guest"]);
-    pair.sh("umount /root/small /root/few");
+    // Who ended the guest's side, which is a program of the guest's own from here on.
+    pair.sh("rm /sbin/vmcache-agent
+        printf '#!/bin/sh\\nkill -9 $$\\n' > /sbin/vmcache-agent; chmod +x /sbin/vmcache-agent");
+    let signal = ["ended by signal 9, which something in the guest sent"];
+    failed(pair.cp(&[], &most, &to("/root")), &signal);
+    failed(pair.cp(&[], &to("/root/x"), "/dev/shm/vmct-nothing"), &signal);
+    pair.sh("printf '#!/bin/sh\\nexit 7\\n' > /sbin/vmcache-agent");
+    failed(pair.cp(&[], &most, &to("/root")), &["ended with code 7, and said nothing"]);
 }
 
 /// As `feed`, of a command that does not read all.

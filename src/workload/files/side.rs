@@ -37,6 +37,7 @@ pub struct Side<'a> {
     name: String,
     complaint: Receiver<String>,
     stdout: io::BufReader<io::Take<StreamReader>>,
+    full: Option<Full>,
 }
 
 /// How it ended.
@@ -91,15 +92,18 @@ impl<'a> Side<'a> {
         let running = guest.launch_beside(command, &name)?.limited(STALLED);
         let complaint = complaints(&running)?;
         let stdout = io::BufReader::new(running.stdout().take(ANSWERS));
-        Ok(Side { guest, running, name, complaint, stdout })
+        Ok(Side { guest, running, name, complaint, stdout, full: None })
     }
 
-    /// The next line that it answers; `None` when there is none, or none that is whole.
+    /// The next line that it answers; `None` when there is none, or none that is whole. That
+    /// it is full is kept until its end.
     pub fn answer(&mut self) -> Option<String> {
         use io::BufRead;
         let mut line = Vec::new();
         self.stdout.read_until(b'\n', &mut line).ok()?;
-        String::from_utf8(line).ok()?.strip_suffix('\n').map(String::from)
+        let line = String::from_utf8(line).ok()?.strip_suffix('\n')?.to_string();
+        self.full = self.full.or(Full::parse(&line));
+        Some(line)
     }
 
     /// Ends it, because of something on this host.
@@ -168,11 +172,9 @@ impl<'a> Side<'a> {
             }
         };
         let mut text = self.complaint.recv_timeout(JOIN).unwrap_or_default();
-        let full = match code {
-            0 => None,
-            _ if taken => None,
-            _ => self.answer().and_then(|line| Full::parse(&line)),
-        };
+        if code != 0 && !taken && self.full.is_none() {
+            let _ = self.answer();
+        }
         match code {
             0 if !text.is_empty() => log::warn!("the guest's side of the copy: {text}"),
             0 => {}
@@ -180,7 +182,7 @@ impl<'a> Side<'a> {
             _ => {}
         }
         let _ = self.guest.remove(&self.name);
-        Ok(Ended { code, text, full })
+        Ok(Ended { code, text, full: self.full })
     }
 
     /// An end without a word. It was not killed from here: then something else is told.
