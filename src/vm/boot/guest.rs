@@ -1,6 +1,8 @@
 //! From QEMU's monitor to the guest's agent: what carries connections to it is
 //! started, and it is waited for.
 
+use std::time::Duration;
+
 use super::attend;
 use super::{Booted, Connected, Source};
 use crate::agent;
@@ -12,6 +14,10 @@ use crate::process::attendant::Attendant;
 use crate::vm::boot::{BootError, Phase};
 use crate::vm::console::Console;
 use crate::vm::identity;
+
+/// How long a guest that ended a connection may take to answer on the next one, before it is
+/// looked whether there is still one.
+const AGAIN: Duration = Duration::from_secs(2);
 
 impl Connected {
     pub(super) fn await_guest(mut self, config: &Config) -> Result<Booted, BootError> {
@@ -52,19 +58,22 @@ impl Connected {
             let there = || spawned.attendants.iter().all(Attendant::alive);
             virtio::await_driver(monitor, VSOCK, there, clock.left())?;
         }
-        let ask = || {
-            agent.connect(clock.left(), true)?;
-            agent.check(clock.left())
+        let ask = |within: Duration| {
+            agent.connect(within, true)?;
+            agent.check(within)
         };
-        match ask() {
+        let lives = || spawned.process.alive() && spawned.attendants.iter().all(Attendant::alive);
+        let mut answered = ask(clock.left());
+        if matches!(answered, Err(agent::Error::Call { .. })) {
             // A clone's guest may hear only now that its connections are another's, and end
-            // this one with them.
-            Err(agent::Error::Call { .. }) if spawned.process.alive() => {
+            // this one with them. Or QEMU was killed, and is about to be seen dead: what it
+            // was reached through may have left a socket at which nobody will ever listen.
+            while lives() && answered.is_err() && !clock.left().is_zero() {
                 agent.disconnect();
-                ask()?;
+                answered = ask(clock.left().min(AGAIN));
             }
-            other => other?,
         }
+        answered?;
         spawned.ledger.own_agent = identity::is_own(&**agent)?;
         Ok(())
     }

@@ -26,10 +26,12 @@ use vmcache::sys::rpc::serve_connection;
 use vmcache::transport::proxy::socket_path;
 use vmcache::transport::serial;
 
-use crate::daemon::{Dir, LONG};
+use crate::daemon::LONG;
 
 /// Tells this binary that it is the bridge, and with what options.
 const OPTIONS: &str = "VMCACHE_TEST_BRIDGE";
+/// An option of its own: where it may make files, which its test removes.
+const DIR: &str = "-dir";
 const AGENT: &str = "grpc.AgentService";
 const HEALTH: &str = "grpc.Health";
 /// What the host asks an agent of 1.x for.
@@ -74,7 +76,8 @@ pub fn program(dir: &Path) -> PathBuf {
     let path = dir.join("bridge");
     let this = std::env::current_exe().unwrap();
     let text = format!(
-        "#!/bin/sh\n{OPTIONS}=\"$*\" exec {} --ignored --exact --nocapture {}\n",
+        "#!/bin/sh\n{OPTIONS}=\"$* {DIR} {}\" exec {} --ignored --exact --nocapture {}\n",
+        dir.display(),
         this.display(),
         "doubles::bridge::stands_where_a_proxy_would"
     );
@@ -95,9 +98,10 @@ fn stands_where_a_proxy_would() {
     };
     let listener = UnixListener::bind(option("-listen-socket")).unwrap();
     // The one port, under the name that our agents' ports have.
-    let dir = Dir::new();
-    symlink(option("-mux-socket"), serial::socket(&dir.0, 0)).unwrap();
-    let guest = serial::open(&dir.0, LONG, LONG).unwrap_or_else(|_| end());
+    let dir = option(DIR).join(format!("bridge-{}", std::process::id()));
+    fs::create_dir(&dir).unwrap();
+    symlink(option("-mux-socket"), serial::socket(&dir, 0)).unwrap();
+    let guest = serial::open(&dir, LONG, LONG).unwrap_or_else(|_| end());
     end_with(guest.try_clone().unwrap());
     serve(&listener, guest);
 }
