@@ -277,6 +277,14 @@ fn streams(pair: &Pair<'_>) {
         pair.sh("cat /root/c/t/dir9/d/sub/x; stat -c %s /root/c/t/dir9/d/holes"),
         "x3145728\n"
     );
+    let zipped = feed(Command::new("gzip"), &packed).stdout;
+    let copied = feed(d.command(&["cp", "-", &pair.there("t/dir9")]), &zipped);
+    assert!(copied.status.success(), "compressed: {}", text(&copied.stderr));
+    // Files of the kernel's, which have no size.
+    let version = pair.cp(&[], &format!("{}:/proc/version", pair.id), into.to_str().unwrap());
+    assert!(version.status.success(), "{}", text(&version.stderr));
+    let version = fs::read_to_string(into.join("version")).unwrap();
+    assert!(version.starts_with("Linux version ") && version == pair.sh("cat /proc/version"));
     for (to, why) in [("t/old1", "os error 20"), ("t/nowhere", "os error 2")] {
         let out = feed(d.command(&["cp", "-", &pair.there(to)]), b"");
         let err = text(&out.stderr);

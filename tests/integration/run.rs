@@ -110,8 +110,10 @@ fn a_terminal_is_a_terminal_and_is_given_back() {
             .unwrap();
     let before = tcgetattr(&pty.slave).unwrap();
     let slave = |fd: &OwnedFd| fd.try_clone().unwrap();
-    let script = "tty -s && echo terminal; stty size; read line; echo got $line; exit 5";
-    let mut command = d.command(&["run", "--tty", "--", "sh", "-c", script]);
+    // For another user than root, whose own it is.
+    let script = "tty -s && echo terminal > /dev/tty && stty size > /dev/stdout; read line; \
+                  echo got $line > /dev/stderr; exit 5";
+    let mut command = d.command(&["run", "--tty", "-u", "5:6", "--", "sh", "-c", script]);
     command.stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave));
     let mut child = command.spawn().unwrap();
     let mut master = std::fs::File::from(pty.master);
