@@ -51,12 +51,12 @@ mod target;
 
 pub use pack::{pack, Packed, Sockets};
 pub use refusal::Why;
-pub use unpack::{unpack, Unpacked};
+pub use unpack::{unpack, unpack_into, Unpacked};
 
 #[cfg(feature = "host")]
 pub use extract::{extract, Extracted, Policy};
 #[cfg(feature = "host")]
-pub use forward::forward;
+pub use forward::{finish, forward};
 #[cfg(feature = "host")]
 pub use stop::Stop;
 

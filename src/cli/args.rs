@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use attach::Attach;
@@ -293,7 +294,7 @@ pub struct Kill {
     pub signal: i32,
     /// A command of `vmcache exec`, by its name in `vmcache ps` [default: that of
     /// `vmcache run`]
-    #[arg(long, value_name = "EXEC")]
+    #[arg(long, value_name = "EXEC", value_parser = NonEmptyStringValueParser::new())]
     pub exec: Option<String>,
 }
 

@@ -13,8 +13,9 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use super::args::{Common, Cp};
 use super::claimed::with_guest;
 use super::interrupt::Interrupt;
-use super::output::{Failure, USAGE};
+use super::output::{Failure, FAILED, USAGE};
 use super::{print, Outcome};
+use crate::sys::streams::was_closed;
 use crate::tree::{Extracted, Stop};
 use crate::workload::{copy_in, copy_out, stream_in, stream_out, CopyPolicy};
 
@@ -67,6 +68,9 @@ fn copy_into(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Resu
         let source = Path::new(&c.source);
         return with_guest(common, id, |g| Ok(copy_in(g, source, path, c.follow_link, stop)?));
     }
+    if was_closed(0) {
+        return Err(closed("input"));
+    }
     if io::stdin().is_terminal() {
         return Err(Failure::new(USAGE, "a tar stream does not come from a terminal"));
     }
@@ -90,6 +94,7 @@ fn copy_from(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Resu
         false => {
             with_guest(common, id, |g| Ok(copy_out(g, path, Path::new(&c.target), &policy, stop)?))?
         }
+        true if was_closed(1) => return Err(closed("output")),
         true if io::stdout().is_terminal() => {
             let text = "a tar stream is nothing for a terminal: put it into a file or a pipe";
             return Err(Failure::new(USAGE, text));
@@ -103,6 +108,11 @@ fn copy_from(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Resu
     };
     warn(&copied);
     Ok(())
+}
+
+/// What is at the place of a stream that was closed takes and gives nothing.
+fn closed(which: &str) -> Failure {
+    Failure::new(FAILED, format!("copy a tar stream: standard {which} is closed"))
 }
 
 fn warn(copied: &Extracted) {

@@ -47,6 +47,13 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long a signal by which a user means: end waits for a process that is being started.
 const STARTING: Duration = Duration::from_secs(2);
 
+/// Between two signals by which a user means: end, of which the second ends this without the
+/// guest.
+const INSISTING: Duration = Duration::from_secs(1);
+/// How long before a command's end such a signal counts as its reason.
+const RECENT: Duration = Duration::from_secs(10);
+/// Exit codes from here on are signals'.
+const SIGNALLED: i32 = 129;
 /// Outputs of a process.
 const OUTPUTS: usize = 2;
 
@@ -79,7 +86,20 @@ pub struct Session {
 }
 
 /// A process that is being started: its signals wait for it here.
-pub struct Expected(Receiver<i32>);
+pub struct Expected {
+    signals: Receiver<i32>,
+    stage: Arc<Mutex<Stage>>,
+}
+
+impl Drop for Expected {
+    /// One whose start failed is not waited for.
+    fn drop(&mut self) {
+        let mut stage = lock(&self.stage);
+        if std::mem::take(&mut stage.starting) {
+            stage.process = None;
+        }
+    }
+}
 
 /// How a process in a guest ended, as far as this side knows.
 pub struct Ended {
@@ -116,7 +136,8 @@ impl Session {
     pub fn expect(&self, limit: Option<Duration>) -> Result<(Expected, Limit), Failure> {
         let (passed, signals) = bounded(SIGNALS);
         self.change(|s| (s.process, s.starting) = (Some(passed), true));
-        let Some(limit) = limit else { return Ok((Expected(signals), None)) };
+        let expected = Expected { signals, stage: Arc::clone(&self.stage) };
+        let Some(limit) = limit else { return Ok((expected, None)) };
         let stage = Arc::clone(&self.stage);
         Worker::spawn("vmc-limit", move || {
             let _ = after(limit).recv();
@@ -127,7 +148,7 @@ impl Session {
             }
         })
         .map_err(|e| Failure::new(FAILED, e.to_string()))?;
-        Ok((Expected(signals), Instant::now().checked_add(limit)))
+        Ok((expected, Instant::now().checked_add(limit)))
     }
 
     /// From now on, a signal that has no process to go to ends this VM; while it
@@ -163,7 +184,7 @@ impl Session {
         self.change(|s| s.starting = false);
         let raw = terminal.as_ref().map(Terminal::raw).transpose()?;
         let mut attended = Attended { process, terminal: terminal.is_some(), limit };
-        let ended = attended.attend(&expected.0, input);
+        let ended = attended.attend(&expected.signals, input);
         drop(raw);
         self.change(|s| s.process = None);
         let (ended, lost) = ended?;
@@ -257,12 +278,12 @@ struct Known {
     /// What did not arrive, the first of it.
     lost: Option<String>,
     timed_out: bool,
-    /// Whether a signal by which the user means: end was sent.
-    ending: bool,
+    /// When a signal by which the user means: end was sent last.
+    ending: Option<Instant>,
     /// When this ends without the guest, and with which exit code.
     give_up: Option<(Instant, u8)>,
-    /// A signal that the guest has not answered yet.
-    unanswered: bool,
+    /// Since when a signal by which the user means: end has no answer from the guest.
+    unanswered: Option<Instant>,
 }
 
 impl Known {
@@ -277,6 +298,14 @@ impl Known {
 
     fn lose(&mut self, text: String) {
         self.lost.get_or_insert(text);
+    }
+
+    /// Its end is known, and nobody takes the rest of its output. One that a signal ended
+    /// says by its exit code that there may be more.
+    fn cut_off(&mut self) {
+        if self.outputs < OUTPUTS && self.status.is_some_and(|status| status < SIGNALLED) {
+            self.lose("the command has ended, and the rest of its output was not taken".into());
+        }
     }
 
     fn give_up_in(&mut self, grace: Duration, code: u8) {
@@ -329,7 +358,7 @@ impl Attended<'_> {
                     let panicked = |_| Failure::new(FAILED, "the waiting thread panicked");
                     known.status = Some(answer.map_err(panicked)??);
                     known.give_up = known.give_up.filter(|_| known.timed_out);
-                    if known.ending {
+                    if known.ending.is_some_and(|sent| sent.elapsed() < RECENT) {
                         // Who reads its output may never go on.
                         known.give_up_in(GRACE, known.code());
                     }
@@ -346,6 +375,7 @@ impl Attended<'_> {
                     self.limit = None;
                     if known.status.is_some() {
                         // Others hold its streams; they have had their time.
+                        known.cut_off();
                         let code = known.code();
                         return Ok(known.ended(code, true));
                     }
@@ -357,12 +387,17 @@ impl Attended<'_> {
                 recv(over) -> _ => {
                     let code = known.give_up.map_or(TIMED_OUT, |(_, code)| code);
                     let answered = known.status.is_some();
+                    known.cut_off();
                     return Ok(known.ended(code, answered));
                 }
                 recv(answers) -> answer => {
-                    known.unanswered = false;
+                    let Ok((signal, taken)) = answer else { continue };
+                    if !ENDING.contains(&signal) {
+                        continue;
+                    }
+                    known.unanswered = None;
                     // Its end may be on the way: that is why it takes no signal.
-                    if let (Ok((signal, false)), None) = (answer, known.status) {
+                    if !taken && known.status.is_none() {
                         known.give_up_in(GRACE, exit_code(128 + signal));
                     }
                 }
@@ -384,19 +419,24 @@ impl Attended<'_> {
     /// Passes a signal on; the exit code, where nobody is left to take it.
     fn pass(&self, signal: i32, orders: &Sender<Order>, known: &mut Known) -> Option<u8> {
         if signal == SIGWINCH && self.terminal {
-            if !known.unanswered {
+            if known.unanswered.is_none() {
                 let _ = orders.try_send(Order::Resize);
             }
             return None;
         }
         let ending = ENDING.contains(&signal);
-        // The last one was not taken, or there is nobody.
-        if ending && (known.status.is_some() || known.unanswered) {
+        // The last one was not taken, or there is nobody. Two that come at once are one wish.
+        let refused = known.unanswered.is_some_and(|since| since.elapsed() >= INSISTING);
+        if ending && (known.status.is_some() || refused) {
             return Some(exit_code(128 + signal));
         }
         let sent = orders.try_send(Order::Signal(signal)).is_ok();
-        known.unanswered |= ending && sent;
-        known.ending |= ending;
+        if ending && sent {
+            known.unanswered.get_or_insert_with(Instant::now);
+        }
+        if ending {
+            known.ending = Some(Instant::now());
+        }
         None
     }
 }

@@ -195,18 +195,20 @@ pub fn carry_input(process: &Running) -> Result<InputFault, worker::Error> {
     Worker::spawn("vmc-stdin", move || {
         // A read by a job in the background then fails, and does not stop it.
         let _ = Set::of([nix::libc::SIGTTIN]).block();
+        let tell = |text| *told.lock().unwrap_or_else(|e| e.into_inner()) = Some(text);
         let mut chunk = vec![0; CHUNK];
         loop {
             match next_input(&mut chunk) {
                 Ok(0) => return,
-                // It reads no more, or has ended; its exit code tells.
-                Ok(n) if to.write_all(&chunk[..n]).is_err() => return,
-                Ok(_) => {}
-                Err(e) => {
-                    let text = format!("read standard input: {}", io::Error::from(e));
-                    *told.lock().unwrap_or_else(|e| e.into_inner()) = Some(text);
-                    return;
-                }
+                Ok(n) => match to.write_all(&chunk[..n]) {
+                    Ok(()) => {}
+                    // It reads no more, or has ended; its exit code tells.
+                    Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return,
+                    Err(e) => return tell(format!("write the command's input: {}", chain(&e))),
+                },
+                // Not open to be read, as nohup leaves it.
+                Err(Errno::EBADF) => return,
+                Err(e) => return tell(format!("read standard input: {}", io::Error::from(e))),
             }
         }
     })?;

@@ -16,12 +16,15 @@ use std::process::Command;
 
 use nix::kmod::{finit_module, ModuleInitFlags};
 use nix::mount::{mount, MsFlags};
+use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{chdir, chroot, sethostname};
 
 use super::failure::{Attempt, Failure, Outcome};
 use super::{cgroup, channel, memory, network, reaper, CONTAINERS};
 
+/// Files that the agent may have open.
+const FILES: u64 = 65_536;
 const SECOND_ROUND: &str = "VMCACHE_AGENT_ROUND";
 const NEW_ROOT: &str = "/.root";
 /// Where `vmcache mkinitrd` lists the modules to load, a path a line, in order.
@@ -48,6 +51,10 @@ pub fn run() -> Outcome<()> {
     }
     cgroup::prepare()?;
     memory::records(CONTAINERS)?;
+    // Processes that ended, and whose output nobody has read, have their pipes still.
+    if let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES) {
+        eprintln!("vmcache-agent: allow {FILES} open files: {e}");
+    }
     channel::serve()?;
     reaper::run()
 }

@@ -26,7 +26,7 @@ use super::cgroup::Cgroup;
 use super::failure::{Attempt, Failure, Outcome};
 use super::process::{Ends, Process};
 use super::reaper::Child;
-use super::stage::{heard, run_pipe, INIT};
+use super::stage::{has_small_init, heard, run_pipe, INIT};
 use super::{storage, CONTAINERS};
 use crate::proto::agent::Storage;
 use crate::proto::oci::{self, Spec};
@@ -50,6 +50,8 @@ pub struct Container {
     started: bool,
     /// Where the start of its program is heard of.
     starting: Option<File>,
+    /// Whether its program has a small init above it.
+    small_init: bool,
     mounts: Vec<PathBuf>,
     next: u64,
     /// By exec id; the init process has the container's.
@@ -61,6 +63,8 @@ pub struct Starting {
     pipe: File,
     process: Arc<Process>,
     cgroup: Cgroup,
+    /// Whether a small init may be above the program.
+    init: bool,
 }
 
 impl Starting {
@@ -94,7 +98,9 @@ impl Starting {
         match heard(&String::from_utf8_lossy(&text)) {
             Some(failure) => Err(failure),
             None => {
-                self.aim();
+                if self.init {
+                    self.aim();
+                }
                 Ok(())
             }
         }
@@ -104,7 +110,7 @@ impl Starting {
     fn aim(&self) {
         let init = self.process.pid;
         let children = self.cgroup.pids().into_iter().filter(|pid| parent(*pid) == Some(init));
-        if let Some(program) = children.min_by_key(|pid| start_time(*pid)) {
+        if let Some(program) = children.min_by_key(|pid| (start_time(*pid), *pid)) {
             self.process.aim_at(program);
         }
     }
@@ -142,6 +148,7 @@ impl Container {
             cgroup,
             started: false,
             starting: None,
+            small_init: has_small_init(&spec),
             mounts: Vec::new(),
             next: 0,
             processes: HashMap::new(),
@@ -158,7 +165,8 @@ impl Container {
     fn set_up(&mut self, id: &str, spec: &mut Spec, storages: &[Storage]) -> Outcome<()> {
         let root = spec.Root.as_ref().map(|r| r.Path.clone()).unwrap_or_default();
         for storage in storages {
-            self.mounts.push(storage::attach(storage, Path::new(&root))?);
+            let mount = storage::attach(storage, Path::new(&root));
+            self.mounts.push(mount.map_err(Failure::not_the_program)?);
         }
         let linux = spec.Linux.mut_or_insert_default();
         if let Some(resources) = linux.Resources.as_ref() {
@@ -191,7 +199,8 @@ impl Container {
 
     fn starting(&mut self, name: &str) -> Option<Starting> {
         let process = Arc::clone(self.processes.get(name)?);
-        Some(Starting { pipe: self.starting.take()?, process, cgroup: self.cgroup.clone() })
+        let (pipe, cgroup) = (self.starting.take()?, self.cgroup.clone());
+        Some(Starting { pipe, process, cgroup, init: self.small_init })
     }
 
     /// Runs a further process in the container; what to wait for, without this
@@ -228,7 +237,7 @@ impl Container {
         let name = format!("exec-{}", self.next);
         let (process, pipe) = self.stage(&name, &spec)?;
         self.processes.insert(exec_id.to_string(), Arc::clone(&process));
-        Ok(Starting { pipe, process, cgroup: self.cgroup.clone() })
+        Ok(Starting { pipe, process, cgroup: self.cgroup.clone(), init: false })
     }
 
     /// Runs a stage (see [`super::stage`]) to its end and takes its child over; where

@@ -36,6 +36,15 @@ impl Failure {
         Failure::new(Code::INVALID_ARGUMENT, message)
     }
 
+    /// The same, of something else than the program: its kind says no more that that is
+    /// missing, or not executable.
+    pub fn not_the_program(self) -> Failure {
+        match self.code {
+            Code::NOT_FOUND | Code::PERMISSION_DENIED => Failure::internal(self.message),
+            _ => self,
+        }
+    }
+
     /// What the request names does not exist.
     pub fn not_found(message: impl Into<String>) -> Failure {
         Failure::new(Code::NOT_FOUND, message)

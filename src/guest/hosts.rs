@@ -24,7 +24,10 @@ pub fn know(name: &str) -> Outcome<()> {
     if let Some(dir) = Path::new(HOSTS).parent() {
         fs::create_dir_all(dir).during(|| format!("create {}", dir.display()))?;
     }
-    fs::write(HOSTS, new).during(|| format!("write {HOSTS}"))
+    // Whole, or as it was.
+    let part = format!("{HOSTS}.part");
+    fs::write(&part, new).during(|| format!("write {part}"))?;
+    fs::rename(&part, HOSTS).during(|| format!("write {HOSTS}"))
 }
 
 /// The lines with one for `name`; `None` when they have it.

@@ -53,7 +53,8 @@ pub fn enter(spec: &Spec, terminal: Option<&Path>) -> Outcome<()> {
     // Another root does not know this guest's name.
     let told = spec.Mounts.iter().any(|m| m.destination == HOSTS);
     if spec.Annotations.contains_key(REAPER_ANNOTATION) && root != Path::new("/") && !told {
-        one(&target, &hosts_mount())?;
+        // A root that has no place for it is used without.
+        let _ = one(&target, &hosts_mount());
     }
     let fresh_dev = spec.Mounts.iter().any(|m| m.destination == "/dev" && m.type_ == "tmpfs");
     if fresh_dev {

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 
@@ -69,6 +70,8 @@ type Reading = Mutex<Option<Arc<Source>>>;
 /// The agent's ends of a process's stdio.
 pub struct Ends {
     stdin: Mutex<Option<File>>,
+    /// Whether the last byte written to it ended a line, or there was none.
+    at_line: AtomicBool,
     stdout: Reading,
     stderr: Reading,
     terminal: bool,
@@ -110,6 +113,7 @@ impl Ends {
             command.stdin(stdin_theirs).stdout(stdout_theirs).stderr(stderr_theirs);
             return Ok(Ends {
                 stdin: Mutex::new(Some(File::from(stdin))),
+                at_line: AtomicBool::new(true),
                 stdout: reading(stdout)?,
                 stderr: reading(stderr)?,
                 terminal: false,
@@ -125,6 +129,7 @@ impl Ends {
         command.stdin(again(&slave)?).stdout(again(&slave)?).stderr(Stdio::from(slave));
         Ok(Ends {
             stdin: Mutex::new(Some(File::from(again(&master)?))),
+            at_line: AtomicBool::new(true),
             stdout: reading(master)?,
             stderr: Mutex::new(None),
             terminal: true,
@@ -162,6 +167,9 @@ impl Process {
                 let code = child.wait();
                 *lock(&waiter.code) = Some(code);
                 waiter.ended.notify_all();
+                // Its record may stay for long; files are few.
+                *lock(&waiter.program) = None;
+                drop(lock(&waiter.ends.stdin).take());
             })
             .map_err(|e| Failure::internal(format!("start a thread to wait for {pid}: {e}")))?;
         Ok(process)
@@ -212,6 +220,9 @@ impl Process {
             return Err(Failure::not_found(format!("stdin of process {} is closed", self.pid)));
         };
         file.write_all(data).during(|| format!("write to stdin of process {}", self.pid))?;
+        if let Some(last) = data.last() {
+            self.ends.at_line.store(*last == b'\n', Ordering::Relaxed);
+        }
         Ok(data.len() as u32)
     }
 
@@ -220,7 +231,9 @@ impl Process {
         let mut stdin = lock(&self.ends.stdin);
         if let Some(mut file) = stdin.take() {
             if self.ends.terminal {
-                let _ = file.write_all(&[4]);
+                // Within a line, the first one only sends that.
+                let at_line = self.ends.at_line.load(Ordering::Relaxed);
+                let _ = file.write_all(if at_line { &[4] } else { &[4, 4] });
             }
         }
     }
@@ -240,6 +253,9 @@ impl Process {
         };
         let mut buffer = vec![0; (max as usize).min(MAX_READ)];
         let n = source.read(&mut buffer).during(|| format!("read output of {}", self.pid))?;
+        if n == 0 {
+            drop(lock(end).take());
+        }
         buffer.truncate(n);
         Ok(buffer)
     }

@@ -16,7 +16,7 @@ use super::failure::{Attempt, Outcome};
 use crate::sys::process::reap;
 
 /// Unclaimed statuses kept; a guest's adopted orphans are more than anyone asks for.
-const KEPT: usize = 4096;
+const KEPT: usize = 65_536;
 
 type Statuses = VecDeque<(i32, i32)>;
 

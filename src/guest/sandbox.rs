@@ -18,6 +18,7 @@ use super::{hosts, storage};
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 use crate::proto::oci;
 
+const SIGKILL: u32 = 9;
 /// Most containers in one guest.
 const MAX_CONTAINERS: usize = 1024;
 
@@ -57,7 +58,10 @@ impl Sandbox {
         }
         if !request.hostname.is_empty() {
             sethostname(&request.hostname).during(|| "set the host name")?;
-            hosts::know(&request.hostname)?;
+            // A full guest, for one, is no reason to run nothing in it.
+            if let Err(e) = hosts::know(&request.hostname) {
+                eprintln!("vmcache-agent: {}", e.message);
+            }
         }
         if !request.dns.is_empty() {
             let lines: String = request.dns.iter().map(|l| format!("{l}\n")).collect();
@@ -153,7 +157,10 @@ impl Sandbox {
         let container = self.container(id)?;
         let starting = lock(&container).exec(id, exec_id, process)?;
         starting.wait().inspect_err(|_| {
-            lock(&container).processes.remove(exec_id);
+            // One that may still start has no name any more.
+            if let Some(process) = lock(&container).processes.remove(exec_id) {
+                let _ = process.signal(SIGKILL);
+            }
         })
     }
 
@@ -166,7 +173,9 @@ impl Sandbox {
             .collect();
         let mut all = Vec::new();
         for (id, container) in containers {
-            for (name, process) in &lock(&container).processes {
+            // One in which something is being made is not waited for: it is missing here.
+            let Ok(container) = container.try_lock() else { continue };
+            for (name, process) in &container.processes {
                 if process.running() {
                     all.push((id.clone(), name.clone(), process.pid));
                 }

@@ -45,6 +45,9 @@ use crate::sys::guest::set_oom_score;
 use crate::sys::process::{default_sigpipe, fork, reap};
 use crate::sys::terminal::set_controlling;
 
+/// Files that a program may have open, soft and hard, unless it is told otherwise: the
+/// kernel's own.
+const FILES: (u64, u64) = (1024, 4096);
 /// Name of the stage that makes a container; any other joins one.
 pub const INIT: &str = "init";
 /// Annotation that puts a small init before the program, so that signals
@@ -185,6 +188,11 @@ fn join_namespaces(dir: &Path) -> Outcome<File> {
     Ok(mounts)
 }
 
+/// Whether a specification asks for the small init.
+pub fn has_small_init(spec: &Spec) -> bool {
+    spec.Annotations.get(REAPER_ANNOTATION).is_some_and(|v| v == "true")
+}
+
 /// What the first process in the namespaces hears and says.
 struct Pipes {
     /// StartContainer's byte.
@@ -214,8 +222,8 @@ fn child(spec: Spec, mounts: Option<File>, pipes: Pipes) -> ! {
         let _ = (&start).read(&mut byte);
     }
     drop(start);
+    let reap = init && has_small_init(&spec);
     let process = spec.Process.unwrap_or_default();
-    let reap = init && spec.Annotations.get(REAPER_ANNOTATION).is_some_and(|v| v == "true");
     if reap {
         // From before the program is there, so that none is lost in between.
         let _ = SigSet::all().thread_block();
@@ -263,6 +271,13 @@ struct Ready {
 fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<Ready> {
     let process =
         spec.Process.as_ref().ok_or_else(|| Failure::invalid("no process in the spec"))?;
+    let home = surround(spec, process, mounts).map_err(Failure::not_the_program)?;
+    Ok(Ready { program: find(process)?, home })
+}
+
+/// What a program has around it: its file systems, limits, user, directory. Gives the
+/// user's home.
+fn surround(spec: &Spec, process: &Process, mounts: Option<File>) -> Outcome<String> {
     let terminal = process.Terminal.then(|| fs::read_link("/proc/self/fd/0").ok()).flatten();
     if let Some(mounts) = mounts {
         setns(mounts, CloneFlags::CLONE_NEWNS).during(|| "join the mount namespace")?;
@@ -280,6 +295,8 @@ fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<Ready> {
     if process.OOMScoreAdj != 0 {
         set_oom_score(process.OOMScoreAdj).during(|| "set the OOM score")?;
     }
+    // The agent's own is larger.
+    setrlimit(Resource::RLIMIT_NOFILE, FILES.0, FILES.1).during(|| "limit open files")?;
     for limit in &process.Rlimits {
         let (name, resource) = resource(&limit.Type)?;
         setrlimit(resource, limit.Soft, limit.Hard).during(|| format!("set {name}"))?;
@@ -290,7 +307,7 @@ fn settle(spec: &Spec, mounts: Option<File>) -> Outcome<Ready> {
     if process.NoNewPrivileges {
         nix::sys::prctl::set_no_new_privs().during(|| "forbid new privileges")?;
     }
-    Ok(Ready { program: find(process)?, home })
+    Ok(home)
 }
 
 fn resource(name: &str) -> Outcome<(&str, Resource)> {
@@ -355,10 +372,11 @@ fn find(process: &Process) -> Outcome<PathBuf> {
     let denied = || Failure::new(Code::PERMISSION_DENIED, format!("{name}: not executable"));
     if name.contains('/') {
         let path = PathBuf::from(name);
-        return match path.exists() {
-            false => Err(Failure::not_found(format!("{name}: no such file in the guest"))),
-            true if executable(&path) => Ok(path),
-            true => Err(denied()),
+        return match path.metadata() {
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(denied()),
+            Err(_) => Err(Failure::not_found(format!("{name}: no such file in the guest"))),
+            Ok(_) if executable(&path) => Ok(path),
+            Ok(_) => Err(denied()),
         };
     }
     let path = process.Env.iter().find_map(|e| e.strip_prefix("PATH="));

@@ -34,7 +34,7 @@ pub fn run(target: &str) -> Outcome<()> {
     let room = Room { at: target, needs: needs(), shown: target.to_path_buf() };
     // Whatever is there stays.
     room.check(&[])?;
-    room.unpack()
+    room.unpack(true)
 }
 
 /// Unpacks what is copied to `path` of `root`; `name` is its name on the host, in digits.
@@ -58,7 +58,7 @@ pub fn put(root: &str, path: &str, kind: &str, name: &str) -> Outcome<()> {
         None => tell("into"),
         Some(name) => tell(&format!("as {}", to_hex(name))),
     }?;
-    room.unpack()
+    room.unpack(false)
 }
 
 fn needs() -> Option<Needs> {
@@ -165,8 +165,14 @@ impl Room<'_> {
         )))
     }
 
-    fn unpack(&self) -> Outcome<()> {
-        let unpacked = tree::unpack(&mut io::stdin().lock(), self.at, true).map_err(|e| {
+    /// Unpacks what comes; `root` says whether the target itself comes, too.
+    fn unpack(&self, root: bool) -> Outcome<()> {
+        let stream = &mut io::stdin().lock();
+        let unpacked = match root {
+            true => tree::unpack(stream, self.at, true),
+            false => tree::unpack_into(stream, self.at),
+        };
+        let unpacked = unpacked.map_err(|e| {
             let full = e.errno() == Some(Errno::ENOSPC as i32);
             if let Some(room) = self.look().filter(|_| full && self.needs.is_some()) {
                 let _ = room.tell();

@@ -13,9 +13,9 @@ use flate2::bufread::MultiGzDecoder;
 use lzma_rust2::XzReader;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
-/// Most bytes of what was written before that a decompressor keeps: what `zstd --long`
-/// takes without a word, and `xz -9` twice.
-const MAX_WINDOW: u64 = 128 << 20;
+/// Most bytes of what was written before that a decompressor keeps: what the one for zstd
+/// takes at most; `xz -9` has 64 MiB. Of xz the first block is looked at.
+const MAX_WINDOW: u64 = 100 << 20;
 /// Bytes that tell a form, with its first block's or frame's header.
 const HEAD: usize = 64;
 
@@ -100,9 +100,9 @@ pub fn plain<'a>(stream: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
 fn bounded(name: &str, window: Option<u64>) -> io::Result<()> {
     match window {
         Some(n) if n <= MAX_WINDOW => Ok(()),
-        Some(n) => {
-            Err(bad(format!("{name}: it wants {n} bytes of memory, of at most {MAX_WINDOW}")))
-        }
+        Some(n) => Err(bad(format!(
+            "{name}: it wants {n} bytes of memory, of at most {MAX_WINDOW}: decompress it first"
+        ))),
         None => Err(bad(format!("{name}: its header is damaged"))),
     }
 }

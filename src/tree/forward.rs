@@ -16,6 +16,7 @@ use std::collections::hash_map::RandomState;
 use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::io::{self, Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -31,13 +32,18 @@ use super::{io_at, Error, Stop, Why};
 
 /// Permissions, without set-id and sticky bits.
 const PERMISSIONS: u32 = 0o777;
+/// Bytes of a stream's end mark.
+const END: usize = 1024;
 /// What errors of the writing side name.
 const OUTPUT: &str = "the tar stream";
 
 /// Passes a stream on to `out`, to its end.
 ///
 /// # Errors
-/// [`Error`]; what was written until then has no end mark.
+/// [`Error`].
+///
+/// What was written has no end mark: [`finish`] writes it, once the guest has said that it
+/// was all.
 pub fn forward(
     stream: &mut dyn Read,
     out: &mut dyn Write,
@@ -45,7 +51,8 @@ pub fn forward(
     stop: &Stop,
 ) -> Result<Extracted, Error> {
     let mut work = Work {
-        out: Builder::new(out),
+        // Dropping one writes an end mark, as if all were well.
+        out: ManuallyDrop::new(Builder::new(out)),
         budget: Budget::new(policy.bytes, policy.entries),
         policy,
         stop,
@@ -57,10 +64,18 @@ pub fn forward(
         work.entry(&entry, &mut reader)?;
     }
     let written = io_at("write", Path::new(OUTPUT));
-    work.out.finish().map_err(&written)?;
     work.out.get_mut().flush().map_err(&written)?;
     let (bytes, entries) = work.budget.spent();
     Ok(Extracted { entries, bytes, lost: None })
+}
+
+/// Writes the mark by which a reader knows that a stream is whole.
+///
+/// # Errors
+/// As the stream's.
+pub fn finish(out: &mut dyn Write) -> Result<(), Error> {
+    let written = io_at("write", Path::new(OUTPUT));
+    out.write_all(&[0; END]).and_then(|()| out.flush()).map_err(&written)
 }
 
 /// What came so far. By a hash with a key of this process's own: a guest cannot make two
@@ -97,7 +112,7 @@ impl Names {
 }
 
 struct Work<'a> {
-    out: Builder<&'a mut dyn Write>,
+    out: ManuallyDrop<Builder<&'a mut dyn Write>>,
     budget: Budget,
     policy: &'a Policy,
     stop: &'a Stop,

@@ -146,7 +146,9 @@ fn attributes(entry: &Entry) -> Vec<(Vec<u8>, Vec<u8>)> {
     };
     for (key, value) in entry.records.all() {
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            put(name.to_vec(), value.to_vec(), true);
+            // GNU tar's way to write a name that has a "=".
+            let name = percent(name).unwrap_or_else(|| name.to_vec());
+            put(name, value.to_vec(), true);
         }
     }
     for (key, value) in entry.records.all() {

@@ -12,7 +12,9 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +27,9 @@ use super::{holes, io_at, walk, Error, MAX_DEPTH};
 
 /// The file system of the kernel's objects (linux/magic.h).
 const SYSFS_MAGIC: FsType = FsType(0x6265_6572);
+
+/// Bytes of what a link says that a header has place for.
+const MAX_LINK: usize = 100;
 
 /// What becomes of sockets, which no tar has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +71,8 @@ pub fn pack(
     out: &mut dyn Write,
 ) -> Result<Packed, Error> {
     let failed = io_at("pack", source);
-    let builder = Builder::new(out);
+    // Dropping one writes an end mark, as if all were well.
+    let builder = ManuallyDrop::new(Builder::new(out));
     let mut packer = Packer { builder, links: HashMap::new(), sockets, packed: Packed::default() };
     if name.as_os_str().is_empty() {
         let dir = walk::open_named(source).map_err(&failed)?;
@@ -75,6 +81,11 @@ pub fn pack(
         let base = source.file_name().ok_or_else(|| failed(io::Error::other("it has no name")))?;
         let parent = source.parent().unwrap_or(Path::new("/"));
         let dir = walk::open_named(parent).map_err(io_at("open", parent))?;
+        // One that is asked for by its name is not left out without a word.
+        let seen = walk::look(dir.as_fd(), base).map_err(&failed)?;
+        if walk::kind(&seen) == SFlag::S_IFSOCK {
+            return Err(Error::Socket { path: source.to_path_buf() });
+        }
         packer.add(dir.as_fd(), base, source, name, 0)?;
     }
     packer.builder.finish().map_err(&failed)?;
@@ -82,7 +93,7 @@ pub fn pack(
 }
 
 struct Packer<'a> {
-    builder: Builder<&'a mut dyn Write>,
+    builder: ManuallyDrop<Builder<&'a mut dyn Write>>,
     /// Names of files with several, by device and inode.
     links: HashMap<(u64, u64), PathBuf>,
     sockets: Sockets,
@@ -122,9 +133,18 @@ impl Packer<'_> {
                     return Ok(());
                 }
                 let by_proc = walk::by_proc(dir, base);
-                self.records(&seen, || xattr::list(&by_proc), |n| xattr::get(&by_proc, n))
-                    .map_err(&failed)?;
-                self.special(kind, &seen, walk::read_link(dir, base), name).map_err(&failed)
+                let link = match kind {
+                    SFlag::S_IFLNK => Some(walk::read_link(dir, base).map_err(&failed)?),
+                    _ => None,
+                };
+                self.records_of(
+                    &seen,
+                    link.as_deref(),
+                    || xattr::list(&by_proc),
+                    |n| xattr::get(&by_proc, n),
+                )
+                .map_err(&failed)?;
+                self.special(kind, &seen, link.as_deref(), name).map_err(&failed)
             }
         }
     }
@@ -201,12 +221,15 @@ impl Packer<'_> {
         &mut self,
         kind: SFlag,
         stat: &FileStat,
-        link: io::Result<std::ffi::OsString>,
+        link: Option<&OsStr>,
         name: &Path,
     ) -> io::Result<()> {
-        if kind == SFlag::S_IFLNK {
+        if let Some(link) = link {
             let mut header = header(stat, EntryType::Symlink);
-            return self.builder.append_link(&mut header, name, Path::new(&link?));
+            let bytes = link.as_bytes();
+            // To the letter: "a//b" stays so. A longer one is in the records.
+            header.set_link_name_literal(&bytes[..bytes.len().min(MAX_LINK)])?;
+            return self.builder.append_data(&mut header, name, io::empty());
         }
         let mut header = header(
             stat,
@@ -244,10 +267,26 @@ impl Packer<'_> {
         list: impl FnOnce() -> io::Result<xattr::XAttrs>,
         get: impl Fn(&OsStr) -> io::Result<Option<Vec<u8>>>,
     ) -> io::Result<()> {
+        self.records_of(stat, None, list, get)
+    }
+
+    /// The same of a link, which may say more than a header has place for.
+    fn records_of(
+        &mut self,
+        stat: &FileStat,
+        link: Option<&OsStr>,
+        list: impl FnOnce() -> io::Result<xattr::XAttrs>,
+        get: impl Fn(&OsStr) -> io::Result<Option<Vec<u8>>>,
+    ) -> io::Result<()> {
         let mut records = Vec::new();
+        if let Some(link) = link.filter(|link| link.len() > MAX_LINK) {
+            records.push(("linkpath".to_string(), link.as_bytes().to_vec()));
+        }
         for name in list().into_iter().flatten() {
             let Ok(Some(value)) = get(&name) else { continue };
-            records.push((format!("SCHILY.xattr.{}", name.to_string_lossy()), value));
+            // As GNU tar writes it: a record's name ends at its first "=".
+            let name = name.to_string_lossy().replace('%', "%25").replace('=', "%3D");
+            records.push((format!("SCHILY.xattr.{name}"), value));
         }
         if stat.st_mtime < 0 || stat.st_mtime_nsec != 0 {
             let time = pax_time(stat.st_mtime, stat.st_mtime_nsec);

@@ -161,7 +161,9 @@ impl<'a> Reader<'a> {
                     twice(before.link.is_some())?;
                     before.link = Some(without_end(self.text(header.size()?)?));
                 }
-                b'x' => {
+                // Solaris's name of the same.
+                b'X' if !self.trusting => return self.entry(&block, before).map(Some),
+                b'x' | b'X' => {
                     twice(before.records.is_some())?;
                     let records = Records::parse(self.text(header.size()?)?);
                     before.records = Some(records.map_err(|why| malformed(header.name(), why))?);
@@ -314,6 +316,8 @@ impl<'a> Reader<'a> {
             Err(_) if self.trusting => match block[156] {
                 // GNU's list of what was in a directory.
                 b'D' => Kind::Directory,
+                // The rest of a file that began in another archive.
+                b'M' => return Err(bad("a file that began on another volume".into())),
                 _ => Kind::File,
             },
             kind => kind?,
@@ -321,6 +325,11 @@ impl<'a> Reader<'a> {
         if kind != Kind::File && stored > 0 && !self.trusting {
             return Err(bad(format!("{stored} bytes of data of what is no file")));
         }
+        // As GNU tar reads it, these have no data, whatever size they say.
+        let stored = match self.trusting && kind != Kind::File && block[156] != b'D' {
+            true => 0,
+            false => stored,
+        };
         // What is added to it later fits, whatever it is.
         if stored > i64::MAX as u64 {
             return Err(bad(format!("a file of {stored} bytes")));
@@ -475,9 +484,9 @@ fn until_nul(field: &[u8]) -> &[u8] {
     field.split(|b| *b == 0).next().unwrap_or_default()
 }
 
-/// Without the NUL that ends GNU's long names.
+/// Without the NULs that end GNU's long names.
 fn without_end(mut text: Vec<u8>) -> Vec<u8> {
-    if text.last() == Some(&0) {
+    while text.last() == Some(&0) {
         text.pop();
     }
     text

@@ -181,7 +181,12 @@ impl Target {
                 let opened = open_directory(dir, name.base(), &stat).map_err(failed)?;
                 return Ok(Some((opened, stat, false)));
             }
-            Ok(_) => remove(dir, name.base()).map_err(failed)?,
+            Ok(stat) if self.is_ours(&stat) => remove(dir, name.base()).map_err(failed)?,
+            // The caller's own file, which no directory takes the place of.
+            Ok(_) => {
+                let part = name.base().to_string_lossy().into_owned();
+                return Err(Error::Refused { name: path, why: Why::NoDirectory { part } });
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(failed(e)),
         }

@@ -9,6 +9,7 @@
 //!
 //! Does not: defend the host against a guest; that is `extract`.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
@@ -29,6 +30,8 @@ use super::{io_at, Error, Why};
 
 /// Most bytes of names and attributes of directories that are kept until the end.
 const MAX_KEPT: usize = 64 << 20;
+/// Most links of a stream that are remembered.
+const MAX_LINKS: usize = 1 << 20;
 /// Bytes that are written at once.
 const CHUNK: usize = 128 * 1024;
 /// What a directory has that no entry told of.
@@ -61,11 +64,31 @@ impl Unpacked {
 /// # Errors
 /// [`Error`]; what was unpacked until then stays.
 pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<Unpacked, Error> {
+    into(stream, target, owners, true)
+}
+
+/// The same into a directory that is somebody's, and stays what it is: an entry for the
+/// target itself is not for it.
+///
+/// # Errors
+/// As [`unpack`].
+pub fn unpack_into(stream: &mut dyn Read, target: &Path) -> Result<Unpacked, Error> {
+    into(stream, target, true, false)
+}
+
+fn into(
+    stream: &mut dyn Read,
+    target: &Path,
+    owners: bool,
+    itself: bool,
+) -> Result<Unpacked, Error> {
     fs::create_dir_all(target).map_err(io_at("create", target))?;
     let root = super::walk::open_named(target).map_err(io_at("open", target))?;
     let mut work = Work {
         root,
         owners,
+        itself,
+        links: HashSet::new(),
         here: None,
         directories: Vec::new(),
         kept: 0,
@@ -73,10 +96,10 @@ pub fn unpack(stream: &mut dyn Read, target: &Path, owners: bool) -> Result<Unpa
         chunk: vec![0; CHUNK],
     };
     let mut reader = Reader::trusting(stream);
-    while let Some(entry) = reader.next()? {
-        work.entry(&entry, &mut reader)?;
-    }
-    work.finish()
+    let done = work.all(&mut reader);
+    // On errors, too: what was opened up for files to be made in it is closed again.
+    let finished = work.finish();
+    done.and(finished)
 }
 
 /// What a directory is to be in the end: what is made in it changes its time, and its mode
@@ -90,6 +113,10 @@ struct Directory {
 struct Work {
     root: OwnedFd,
     owners: bool,
+    /// Whether an entry for the target itself counts.
+    itself: bool,
+    /// Links that this stream made.
+    links: HashSet<(u64, u64)>,
     /// The directory that was used last: most entries are in the one before's.
     here: Option<(PathBuf, OwnedFd)>,
     directories: Vec<Directory>,
@@ -118,6 +145,13 @@ fn parse(name: &[u8]) -> Result<PathBuf, Error> {
 }
 
 impl Work {
+    fn all(&mut self, reader: &mut Reader<'_>) -> Result<(), Error> {
+        while let Some(entry) = reader.next()? {
+            self.entry(&entry, reader)?;
+        }
+        Ok(())
+    }
+
     fn entry(&mut self, entry: &Entry, reader: &mut Reader<'_>) -> Result<(), Error> {
         let name = parse(&entry.name)?;
         let refuse = |why| Error::Refused { name: name.clone(), why };
@@ -126,6 +160,7 @@ impl Work {
         let Some(base) = name.file_name() else {
             // The target itself.
             return match entry.kind {
+                Kind::Directory if !self.itself => Ok(()),
                 Kind::Directory => self.note(name, meta),
                 _ => Err(Error::Escape { name: shown(&entry.name) }),
             };
@@ -143,6 +178,9 @@ impl Work {
             Kind::Symlink => {
                 let make = || symlinkat(entry.link.as_slice(), dir, base);
                 in_place_of((dir, base), make).map_err(failed)?;
+                if let Some(seen) = look(dir, base).ok().filter(|_| self.links.len() < MAX_LINKS) {
+                    self.links.insert(identity(&seen));
+                }
             }
             Kind::Character | Kind::Block | Kind::Fifo => {
                 let kind = match entry.kind {
@@ -197,12 +235,12 @@ impl Work {
         Ok(dir)
     }
 
-    /// Makes a directory, unless one is there, or a link to one; what else has the name
-    /// goes.
+    /// Makes a directory, unless one is there, or a link to one that was there before this
+    /// stream; what else has the name goes.
     fn directory(&mut self, dir: BorrowedFd<'_>, base: &OsStr, name: &Path) -> Result<(), Error> {
         let failed = |e: Errno| io_at("unpack", name)(e.into());
         match mkdirat(dir, base, UNTOLD) {
-            Err(Errno::EEXIST) if self.within(name).is_ok() => Ok(()),
+            Err(Errno::EEXIST) if self.keeps(dir, base, name) => Ok(()),
             Err(Errno::EEXIST) => {
                 in_place_of((dir, base), || mkdirat(dir, base, UNTOLD)).map_err(failed)
             }
@@ -210,12 +248,22 @@ impl Work {
         }
     }
 
+    /// Whether what is there is a directory, or leads to one. GNU tar would replace every
+    /// link; a root's own, such as /lib, are not this stream's to replace.
+    fn keeps(&self, dir: BorrowedFd<'_>, base: &OsStr, name: &Path) -> bool {
+        let ours = look(dir, base).is_ok_and(|seen| self.links.contains(&identity(&seen)));
+        !ours && self.within(name).is_ok()
+    }
+
     /// Keeps what a directory is to be; it is usable until then.
     fn note(&mut self, name: PathBuf, meta: Meta) -> Result<(), Error> {
         let failed = |e: Errno| io_at("unpack", &name)(e.into());
         let opened = self.within(&name).map_err(failed)?;
-        let identity = identity(&fstat(&opened).map_err(failed)?);
-        nix::sys::stat::fchmod(&opened, UNTOLD).map_err(failed)?;
+        let stat = fstat(&opened).map_err(failed)?;
+        let identity = identity(&stat);
+        // Usable meanwhile, and for nobody who could not use it before.
+        let mode = Mode::from_bits_truncate(stat.st_mode) | Mode::S_IRWXU;
+        nix::sys::stat::fchmod(&opened, mode).map_err(failed)?;
         self.kept += size_of::<Directory>() + name.as_os_str().len() + meta.bytes();
         if self.kept > MAX_KEPT {
             return Err(Error::Refused { name, why: Why::TooManyDirectories });
@@ -283,7 +331,7 @@ impl Work {
 
     /// Makes directories what they are to be, the inner ones first.
     fn finish(mut self) -> Result<Unpacked, Error> {
-        let mut done = std::collections::HashSet::new();
+        let mut done = HashSet::new();
         for directory in std::mem::take(&mut self.directories).iter().rev() {
             // One that another thing has replaced since, or that was told of twice.
             let Ok(opened) = self.within(&directory.name) else { continue };

@@ -305,6 +305,8 @@ impl Guest {
         // One that ran beside no other, or after it, has a container of its own.
         let places = match exec {
             None => main.iter().map(|c| of(c, "")).collect::<Vec<_>>(),
+            // Which would be a container's own.
+            Some("") => Vec::new(),
             Some(name) => {
                 main.iter().map(|c| of(c, name)).chain([of(name, "")]).collect::<Vec<_>>()
             }

@@ -84,6 +84,7 @@ impl Running {
             id: self.id.clone(),
             limit: self.limit,
             typed,
+            at_line: true,
         }
     }
 
@@ -176,6 +177,8 @@ pub struct StreamWriter {
     limit: Option<Duration>,
     /// Its end is a character.
     typed: bool,
+    /// Whether the last byte ended a line.
+    at_line: bool,
 }
 
 impl Write for StreamWriter {
@@ -189,7 +192,9 @@ impl Write for StreamWriter {
             .agent
             .wait(self.limit, |agent| agent.write_process_stdin(&self.id, data))
             .map_err(as_io)?;
-        Ok((taken as usize).min(piece.len()))
+        let taken = (taken as usize).min(piece.len());
+        self.at_line = taken.checked_sub(1).map_or(self.at_line, |last| piece[last] == b'\n');
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -201,8 +206,9 @@ impl Drop for StreamWriter {
     fn drop(&mut self) {
         // It may have ended, and then there is nothing to close.
         if self.typed {
-            let _ =
-                self.agent.call(|agent| agent.write_process_stdin(&self.id, vec![END_OF_INPUT]));
+            // Within a line, the first one only sends that.
+            let end = vec![END_OF_INPUT; if self.at_line { 1 } else { 2 }];
+            let _ = self.agent.call(|agent| agent.write_process_stdin(&self.id, end));
             return;
         }
         let _ = self.agent.call(|agent| agent.close_process_stdin(&self.id));
@@ -266,7 +272,8 @@ impl StreamCloser {
     /// Closes the process's end; who reads it is at the end then. False where the agent
     /// has no such call: the reader has to do it ([`StreamReader::close`]).
     pub fn close(&self) -> bool {
-        self.agent.own() && self.agent.call(|a| a.read_stream(&self.id, self.stream, 0)).is_ok()
+        let closed = || self.agent.call(|a| a.read_stream(&self.id, self.stream, 0));
+        self.agent.own() && closed().is_ok_and(|bytes| bytes.is_empty())
     }
 }
 
@@ -292,7 +299,10 @@ impl StreamReader {
         }
         if self.agent.own() {
             let closed = self.agent.call(|a| a.read_stream(&self.id, self.stream, 0));
-            return closed.map(|_| ()).map_err(as_io);
+            // An older one gives a byte instead.
+            if closed.map_err(as_io)?.is_empty() {
+                return Ok(());
+            }
         }
         let signal = |reader: &StreamReader, n: i32| {
             let _ = reader.agent.call(|a| a.signal_process(&reader.id, n as u32));

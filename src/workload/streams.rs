@@ -42,6 +42,8 @@ pub(super) struct Streams {
     id: ProcessId,
     state: Mutex<State>,
     changed: Condvar,
+    /// Its exit code, which its agent tells once: who asks holds this.
+    code: Mutex<Option<i32>>,
 }
 
 #[derive(Default)]
@@ -50,8 +52,6 @@ struct State {
     err: One,
     /// Somebody waits for the process's end: what nobody reads is dropped.
     waited: bool,
-    /// Its exit code, which its agent tells once.
-    code: Option<i32>,
 }
 
 impl State {
@@ -90,6 +90,14 @@ enum Over {
 }
 
 impl One {
+    /// Small pieces are put together: each has its price beside its bytes.
+    fn keep(&mut self, bytes: Vec<u8>) {
+        match self.kept.back_mut().filter(|last| last.len() + bytes.len() <= CHUNK) {
+            Some(last) => last.extend_from_slice(&bytes),
+            None => self.kept.push_back(bytes),
+        }
+    }
+
     fn full(&self) -> bool {
         self.kept.iter().map(Vec::len).sum::<usize>() >= KEPT
     }
@@ -100,7 +108,13 @@ impl Streams {
     pub fn new(agent: Arc<Watched>, id: ProcessId, terminal: bool) -> Arc<Streams> {
         let mut state = State::default();
         state.err.over = terminal.then_some(Over::Ended);
-        Arc::new(Streams { agent, id, state: Mutex::new(state), changed: Condvar::new() })
+        Arc::new(Streams {
+            agent,
+            id,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            code: Mutex::default(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -207,11 +221,12 @@ impl Streams {
     /// # Errors
     /// That call's.
     pub fn code(&self, ask: impl FnOnce() -> Result<i32, Error>) -> Result<i32, Error> {
-        if let Some(code) = self.state().code {
+        let mut known = self.code.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(code) = *known {
             return Ok(code);
         }
         let code = ask()?;
-        self.state().code = Some(code);
+        *known = Some(code);
         Ok(code)
     }
 
@@ -274,7 +289,7 @@ impl Streams {
             match answer {
                 Ok(bytes) if bytes.is_empty() => one.over = Some(Over::Ended),
                 Ok(_) if waited && one.readers == 0 => {}
-                Ok(bytes) => one.kept.push_back(bytes),
+                Ok(bytes) => one.keep(bytes),
                 Err(e) => one.over = Some(Over::Failed(Some(e))),
             }
         }

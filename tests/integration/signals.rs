@@ -178,7 +178,7 @@ fn what_cannot_be_executed_is_an_error_of_its_start() {
     let d = Daemon::start(&Options::pool(&prepared, 1));
     let id = d.ok(&["get"]).trim().to_string();
     let make = "cd /tmp; printf '#!/nosuch/interpreter\\n' > lost; echo garbage > garbage; \
-                printf '\\177ELF' > torn; chmod +x *; touch data; mkdir dir; ln -s loop loop; \
+                printf '\\177ELF' > torn; chmod +x *; touch data; mkdir dir; mkdir -m 700 closed; \
                 sleep 0";
     d.ok(&["exec", &id, "--", "sh", "-c", make]);
     for (program, ends, says) in [
@@ -191,12 +191,20 @@ fn what_cannot_be_executed_is_an_error_of_its_start() {
         ("/tmp/dir", 126, "not executable"),
         ("/tmp/garbage/x", 127, "no such file"),
         ("", 125, "no program to run"),
+        ("/tmp/closed/x", 126, "not executable"),
     ] {
-        let out = d.output(&["exec", &id, "--", program]);
+        let user = if program.contains("closed") { "5" } else { "0" };
+        let out = d.output(&["exec", "-u", user, &id, "--", program]);
         let err = text(&out.stderr);
         assert_eq!(out.status.code(), Some(ends), "{program}: {err}");
         assert!(err.contains(says) && err.trim().lines().count() == 1, "{program}: {err:?}");
     }
+    // What is not the program's fault has another code than a program's.
+    let out = d.output(&["exec", "-w", "/nosuch", &id, "--", "true"]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains("/nosuch"), "{err}");
+    let out = d.output(&["kill", &id, "--exec", ""]);
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
     // None of them leaves a container.
     assert_eq!(d.ok(&["exec", &id, "--", "sh", "-c", "ls /run/vmcache/containers | wc -l"]), "1\n");
     d.ok(&["stop", &id]);

@@ -196,6 +196,10 @@ fn inputs(d: &Daemon, how: How<'_>) {
     assert_eq!(std::io::read_to_string(out).unwrap().trim(), sum);
     assert!(wait_child(&mut child).success());
 
+    // As nohup leaves it: not open to be read.
+    let unreadable = redirected(&how.command(d, "wc -c"), "0>/dev/null");
+    assert_eq!(count(unreadable), (0, "0".into()));
+
     // None, a closed one, and -n: at their end at once.
     let closed = redirected(&how.command(d, "wc -c"), "<&-");
     assert_eq!(count(closed), (0, "0".into()));
@@ -326,6 +330,13 @@ fn a_reader_that_stops_for_good_holds_nobody_who_wants_to_end() {
         assert!(started.elapsed() < LONG);
         drop(out);
     }
+    // A command that has ended, and whose output nobody takes within its time: it says so.
+    let script = "head -c 300000 /dev/zero";
+    let mut command = how.with(&d, &["--timeout", "4"], script);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    assert_eq!(wait_child(&mut child).code(), Some(125));
+    let err = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
+    assert!(err.contains("was not taken"), "{err}");
     // What nobody reads does not stay in the guest either.
     wait_for("their ends", || !d.ok(&["ps", &id]).contains(" yes"));
     d.ok(&["stop", &id]);

@@ -34,7 +34,8 @@ pub fn send_root(guest: &Guest, source: &Path) -> Result<(), Error> {
         // What can be read once only is not looked at before.
         false if !meta.is_file() => None,
         false => {
-            let (needs, layers) = measure_tar(&mut archive()?).map_err(Error::Tree)?;
+            let (needs, layers) = measure_tar(&mut archive()?)
+                .map_err(|e| Error::Copy { text: format!("{}: {e}", source.display()) })?;
             if layers {
                 let text = format!(
                     "{} is an archive of `docker save`, whose files are an image's layers: \

@@ -84,13 +84,15 @@ pub fn copy_out(
         ..policy.policy(if remote.contents && !whole { "" } else { &remote.name })
     };
     let path = if whole { &remote.whole } else { &remote.path };
-    take(guest, path, policy, stop, &mut |stream| match Wall::Copies.stands() {
+    let copied = take(guest, path, policy, stop, &mut |stream| match Wall::Copies.stands() {
         true => tree::extract(stream, &place.directory, &what, stop),
         false => {
             let owners = geteuid().is_root();
             tree::unpack(stream, &place.directory, owners).map(|_| Extracted::default())
         }
-    })
+    })?;
+    something(&copied, &remote, source)?;
+    Ok(copied)
 }
 
 /// Writes a file or directory of the workload's root as a tar stream: see `tree::forward`.
@@ -106,12 +108,24 @@ pub fn stream_out(
 ) -> Result<Extracted, Error> {
     let remote = Remote::of(source);
     let what = policy.policy(if remote.contents { "" } else { &remote.name });
-    take(guest, &remote.path, policy, stop, &mut |stream| match Wall::Copies.stands() {
-        true => tree::forward(stream, out, &what, stop),
-        false => io::copy(stream, out).map(|_| Extracted::default()).map_err(|source| {
-            tree::Error::Io { during: "write", path: "the tar stream".into(), source }
-        }),
-    })
+    let copied =
+        take(guest, &remote.path, policy, stop, &mut |stream| match Wall::Copies.stands() {
+            true => tree::forward(stream, out, &what, stop),
+            false => io::copy(stream, out).map(|_| Extracted::default()).map_err(|source| {
+                tree::Error::Io { during: "write", path: "the tar stream".into(), source }
+            }),
+        })?;
+    something(&copied, &remote, source)?;
+    tree::finish(out).map_err(Error::Tree)?;
+    Ok(copied)
+}
+
+/// A guest that was asked for a name and sends nothing has not done what it says.
+fn something(copied: &Extracted, remote: &Remote, source: &str) -> Result<(), Error> {
+    match copied.entries == 0 && !remote.contents && Wall::Copies.stands() {
+        true => Err(Error::Copy { text: format!("{source}: the guest sent nothing") }),
+        false => Ok(()),
+    }
 }
 
 /// Has the guest's side pack a path, and `read` take what it says.
