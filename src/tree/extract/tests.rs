@@ -242,8 +242,6 @@ fn what_is_there_is_replaced_and_never_written_through() {
         file(b"t/link", b"1"),
         file(b"t/hard", b"2"),
         file(b"t/fifo", b"3"),
-        directory(b"t/dir"),
-        file(b"t/dir/in", b"4"),
         directory(b"t/kept"),
         file(b"t/kept/new", b"5"),
         // File, link, file again: the last one counts.
@@ -257,7 +255,6 @@ fn what_is_there_is_replaced_and_never_written_through() {
         ("link", "1"),
         ("hard", "2"),
         ("fifo", "3"),
-        ("dir/in", "4"),
         ("kept/new", "5"),
         ("kept/mine", "mine"),
         ("again", "7"),
@@ -265,6 +262,13 @@ fn what_is_there_is_replaced_and_never_written_through() {
         assert!(fs::symlink_metadata(t.join(name)).unwrap().is_file(), "{name}");
         assert_eq!(place.read(&format!("t/{name}")), text);
     }
+    // No directory takes the place of what is somebody's: a link, or a file.
+    for name in [b"t/dir".as_slice(), b"t/again"] {
+        let e = place.refused(&stream(&[directory(b"t"), directory(name)]));
+        assert!(e.contains("and no directory"), "{e}");
+    }
+    assert!(fs::symlink_metadata(t.join("dir")).unwrap().is_symlink());
+    place.outside_is_as_it_was();
     // What is somebody's directory keeps its mode, and no file takes its place.
     assert_eq!(fs::metadata(t.join("kept")).unwrap().mode() & 0o777, 0o711);
     for entry in [file(b"t/kept", b"x"), link(b"t/kept", b'2', b"x"), link(b"t/kept", b'1', b"t")] {
