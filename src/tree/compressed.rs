@@ -3,7 +3,7 @@
 //!
 //! Invariants: a stream is read to its end, with all of its members, streams or frames, and
 //! what is damaged, or follows and is none, is an error; memory is bounded by
-//! [`MAX_WINDOW`].
+//! `MAX_WINDOW`.
 //!
 //! Sources: RFC 1952 (gzip); the .xz file format, 1.1; RFC 8878 (zstd).
 

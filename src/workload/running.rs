@@ -289,7 +289,7 @@ impl StreamReader {
     /// a local process; one that has ended has nothing left to close.
     ///
     /// An agent of Kata's has no such call: there, the process gets SIGPIPE, and, if it
-    /// writes on for [`IGNORED`], SIGKILL; until its end this reads, and drops what it reads.
+    /// writes on for 2 s, SIGKILL; until its end this reads, and drops what it reads.
     ///
     /// # Errors
     /// When the agent can not be reached any more.

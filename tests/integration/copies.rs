@@ -346,7 +346,7 @@ fn errors(pair: &Pair<'_>) {
     failed(out, &["in /tmp", "large", "os error 28", "--memory"]);
 
     // Who ended the guest's side, which is a program of the guest's own from here on.
-    pair.sh("rm /sbin/vmcache-agent
+    pair.sh("rm /tmp/*; rm /sbin/vmcache-agent
         printf '#!/bin/sh\\nkill -9 $$\\n' > /sbin/vmcache-agent; chmod +x /sbin/vmcache-agent");
     let signal = ["ended by signal 9, which something in the guest sent"];
     failed(pair.cp(&[], &most, &to("/root")), &signal);
