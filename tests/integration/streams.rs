@@ -331,8 +331,8 @@ fn a_reader_that_stops_for_good_holds_nobody_who_wants_to_end() {
         drop(out);
     }
     // A command that has ended, and whose output nobody takes within its time: it says so.
-    let script = "head -c 150000 /dev/zero";
-    let mut command = how.with(&d, &["--timeout", "4"], script);
+    let script = "head -c 100000 /dev/zero";
+    let mut command = how.with(&d, &["--timeout", "15"], script);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     assert_eq!(wait_child(&mut child).code(), Some(125));
     let err = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
