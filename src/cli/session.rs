@@ -18,17 +18,15 @@ use super::run::exit_code;
 use super::streams::{carry_input, carry_output, Carried, Output};
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
-use crate::sys::signal::{real_time, Set};
+use crate::sys::signal::{
+    real_time, Set, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSTOP, SIGTERM,
+    SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
+};
 use crate::vm::birth::Birth;
 use crate::vm::dir::VmDir;
 use crate::vm::ledger::Ledger;
 use crate::worker::{self, Worker};
 use crate::workload::{self, Running};
-
-use nix::libc::{
-    SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSTOP, SIGTERM, SIGTSTP,
-    SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
-};
 
 /// The largest of the signals that are not real-time ones.
 const LAST_STANDARD: i32 = 31;

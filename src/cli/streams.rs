@@ -26,7 +26,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::{getpgrp, read, tcgetpgrp, write};
 
 use crate::report::chain;
-use crate::sys::signal::Set;
+use crate::sys::signal::{Set, SIGTTIN};
 use crate::sys::streams::was_closed;
 use crate::worker::{self, Worker};
 use crate::workload::{Running, StreamCloser, StreamReader};
@@ -194,7 +194,7 @@ pub fn carry_input(process: &Running) -> Result<InputFault, worker::Error> {
     let told = Arc::clone(&fault);
     Worker::spawn("vmc-stdin", move || {
         // A read by a job in the background then fails, and does not stop it.
-        let _ = Set::of([nix::libc::SIGTTIN]).block();
+        let _ = Set::of([SIGTTIN]).block();
         let tell = |text| *told.lock().unwrap_or_else(|e| e.into_inner()) = Some(text);
         let mut chunk = vec![0; CHUNK];
         loop {

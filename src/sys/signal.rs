@@ -4,6 +4,11 @@
 use std::io;
 use std::ops::RangeInclusive;
 
+pub use libc::{
+    SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSTOP, SIGTERM, SIGTSTP,
+    SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
+};
+
 /// A set of signals.
 pub struct Set(libc::sigset_t);
 

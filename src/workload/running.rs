@@ -10,12 +10,11 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::libc;
-
 use super::silence::Watched;
 use super::streams::Streams;
 use super::Error;
 use crate::agent::{self, ProcessId, Stream};
+use crate::sys::signal::{SIGKILL, SIGPIPE};
 
 /// Bytes of one read or write: large enough to make calls rare, small enough
 /// that four connections' worth fit the guest.
@@ -307,13 +306,13 @@ impl StreamReader {
         let signal = |reader: &StreamReader, n: i32| {
             let _ = reader.agent.call(|a| a.signal_process(&reader.id, n as u32));
         };
-        signal(&self, libc::SIGPIPE);
+        signal(&self, SIGPIPE);
         let patience = Instant::now() + IGNORED;
         let mut killed = false;
         while !self.next_chunk()?.is_empty() {
             if !killed && Instant::now() > patience {
                 killed = true;
-                signal(&self, libc::SIGKILL);
+                signal(&self, SIGKILL);
             }
         }
         Ok(())
