@@ -7,7 +7,7 @@
 //! | `extract`   | a stream becomes a tree on the host, which does not trust the guest |
 //! | `reader`    | tar's formats: headers, PAX records (`pax`), holes (`sparse`) |
 //! | `inode`     | owners, modes, times, extended attributes of what was made |
-//! | `compressed` | archives compressed by gzip, xz, zstd |
+//! | `compressed` | archives compressed by gzip, xz (`xz_window`), zstd |
 //! | `measure`   | how much room a tree or a tar takes |
 //! | `target`    | where `extract` writes: a directory that nothing leads out of |
 //! | [`naming`]  | what a copy is called where it arrives |
@@ -48,6 +48,8 @@ mod forward;
 mod stop;
 #[cfg(feature = "host")]
 mod target;
+#[cfg(feature = "host")]
+mod xz_window;
 
 pub use pack::{pack, Packed, Sockets};
 pub use refusal::Why;

@@ -1,252 +1,336 @@
-//! Archives as people have them: plain, or compressed by gzip, xz or zstd, which their first
-//! bytes tell.
+//! Compressed streams, told by their first bytes: gzip, xz, zstd, each with any number of
+//! parts one after the other, as their programs take them.
 //!
-//! Invariants: a stream is read to its end, with all of its members, streams or frames, and
-//! what is damaged, or follows and is none, is an error; memory is bounded by
-//! `MAX_WINDOW`.
+//! Invariants: sums are compared; what follows a part is another one, zeros (or zstd's
+//! frames to be skipped), or an error; no part makes this keep more than [`MAX_WINDOW`]
+//! bytes of what was decompressed.
 //!
-//! Sources: RFC 1952 (gzip); the .xz file format, 1.1; RFC 8878 (zstd).
+//! Sources: RFC 1952; The .xz File Format 1.2.1; RFC 8878.
 
-use std::io::{self, BufReader, Read};
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read};
 
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
-/// Most bytes of what was written before that a decompressor keeps: what the one for zstd
-/// takes at most; `xz -9` has 64 MiB. Of xz the first block is looked at.
-const MAX_WINDOW: u64 = 100 << 20;
-/// Bytes that tell a form, with its first block's or frame's header.
-const HEAD: usize = 64;
+use super::xz_window::Watched;
 
-/// Forms that are not read, by their first bytes: name and what undoes them.
-const OTHERS: [(&[u8], &str, &str); 5] = [
-    (b"BZh", "bzip2", "bunzip2"),
-    (b"\x04\x22\x4d\x18", "lz4", "unlz4"),
-    (b"LZIP", "lzip", "lzip -d"),
-    (b"\x1f\x9d", "compress", "uncompress"),
-    (b"\x5d\0\0", "lzma", "unlzma"),
-];
-const GZIP: &[u8] = b"\x1f\x8b";
-const XZ: &[u8] = b"\xfd7zXZ\0";
-const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
-/// Bytes 2 to 4 of a frame that is to be skipped; the first one is 0x50 to 0x5f.
-const SKIPPABLE: &[u8] = b"\x2a\x4d\x18";
+/// Most bytes that a decompressor looks back: twice as many as `xz -9`, as many as
+/// `zstd --long` and `--ultra -22`.
+pub const MAX_WINDOW: u64 = 128 << 20;
+/// Bytes that are read at once.
+const CHUNK: usize = 64 * 1024;
+/// Bytes by which a format is known.
+const MAGIC: usize = 6;
+/// The longest header of a zstd frame, with its magic number.
+const ZSTD_HEADER: usize = 18;
 
-/// A stream of which bytes can be given back.
-struct Input<'a> {
-    back: Vec<u8>,
-    stream: BufReader<Box<dyn Read + 'a>>,
+/// How a stream is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// It is not.
+    Plain,
+    /// gzip.
+    Gzip,
+    /// xz.
+    Xz,
+    /// Zstandard.
+    Zstd,
 }
 
-impl Input<'_> {
-    /// The next bytes, which stay; fewer than `n` at the end.
-    fn peek(&mut self, n: usize) -> io::Result<&[u8]> {
-        while self.back.len() < n {
-            let mut more = [0; HEAD];
-            let most = (n - self.back.len()).min(HEAD);
-            match self.stream.read(&mut more[..most]) {
-                Ok(0) => break,
-                Ok(got) => self.back.extend_from_slice(&more[..got]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+impl Format {
+    /// Those that are read, for messages.
+    pub const KNOWN: &'static str = "gzip, xz or zstd";
+
+    /// By the first bytes.
+    ///
+    /// # Errors
+    /// A sentence on a format that is known by name alone.
+    fn of(first: &[u8]) -> Result<Format, String> {
+        let other = |name: &str, with: &str| {
+            Err(format!(
+                "it is compressed with {name}, which is not read here: {with} and give the \
+                 result, or use {}",
+                Format::KNOWN
+            ))
+        };
+        match first {
+            [0x1f, 0x8b, ..] => Ok(Format::Gzip),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Ok(Format::Xz),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Format::Zstd),
+            [b'B', b'Z', b'h', b'1'..=b'9', ..] => other("bzip2", "decompress it with bunzip2"),
+            [b'L', b'Z', b'I', b'P', ..] => other("lzip", "decompress it with lzip -d"),
+            [0x04, 0x22, 0x4d, 0x18, ..] => other("lz4", "decompress it with lz4 -d"),
+            [0x5d, 0, 0, ..] => other("lzma", "decompress it with unlzma"),
+            [0x1f, 0x9d, ..] => other("compress", "decompress it with uncompress"),
+            [0x89, b'L', b'Z', b'O', ..] => other("lzop", "decompress it with lzop -d"),
+            [b'P', b'K', 3, 4, ..] => Err("it is a ZIP archive, and no tar".into()),
+            [b'Q', b'F', b'I', 0xfb, ..] => {
+                Err("it is an image of a disk (qcow2), and no tar: use --image".into())
             }
+            _ => Ok(Format::Plain),
         }
-        Ok(&self.back[..self.back.len().min(n)])
     }
 }
 
-impl Read for Input<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.back.is_empty() {
-            return self.stream.read(buffer);
-        }
-        let n = buffer.len().min(self.back.len());
-        buffer[..n].copy_from_slice(&self.back[..n]);
-        self.back.drain(..n);
-        Ok(n)
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Plain => "plain bytes",
+            Format::Gzip => "gzip",
+            Format::Xz => "xz",
+            Format::Zstd => "zstd",
+        })
     }
 }
 
-fn bad(text: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, text.into())
+/// What is read, with the first bytes that were looked at.
+type Source<'a> = BufReader<io::Chain<io::Cursor<Vec<u8>>, Box<dyn Read + 'a>>>;
+
+/// A part that is being decompressed.
+enum Part<'a> {
+    Plain(Source<'a>),
+    Gzip(GzDecoder<Source<'a>>),
+    Xz(Box<XzReader<Watched<Source<'a>>>>),
+    Zstd(Box<StreamingDecoder<Source<'a>, FrameDecoder>>),
+    /// All of them were.
+    End,
 }
 
-/// What is in an archive, decompressed.
+/// What is in a stream, decompressed if it is compressed.
 ///
 /// # Errors
-/// The stream's; a form that is not read, and one that wants too much memory.
-pub fn plain<'a>(stream: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut input = Input { back: Vec::new(), stream: BufReader::new(Box::new(stream)) };
-    let head = input.peek(HEAD)?.to_vec();
-    if let Some((_, name, undo)) = OTHERS.iter().find(|(magic, ..)| head.starts_with(magic)) {
-        return Err(bad(format!(
-            "compressed by {name}, which is not read here: gzip, xz and zstd are; `{undo}` it first"
-        )));
-    }
-    if head.starts_with(GZIP) {
-        return Ok(Box::new(MultiGzDecoder::new(BufReader::new(input))));
-    }
-    if head.starts_with(XZ) {
-        bounded("xz", xz_window(&head))?;
-        return Ok(Box::new(XzReader::new(input, true)));
-    }
-    if zstd_frame(&head) {
-        return Ok(Box::new(Zstd::Between(input)));
-    }
-    Ok(Box::new(input))
+/// As [`Decompressed::new`].
+pub fn plain<'a>(stream: impl Read + 'a) -> io::Result<Decompressed<'a>> {
+    Decompressed::new(Box::new(stream))
 }
 
-fn bounded(name: &str, window: Option<u64>) -> io::Result<()> {
-    match window {
-        Some(n) if n <= MAX_WINDOW => Ok(()),
-        Some(n) => Err(bad(format!(
-            "{name}: it wants {n} bytes of memory, of at most {MAX_WINDOW}: decompress it first"
-        ))),
-        None => Err(bad(format!("{name}: its header is damaged"))),
-    }
+/// A stream without its compression.
+pub struct Decompressed<'a> {
+    format: Format,
+    part: Part<'a>,
+    /// Bytes that came out.
+    seen: u64,
+    /// What was wrong: a decompressor that has met an error may do anything afterwards.
+    broken: Option<(io::ErrorKind, String)>,
 }
 
-/// The dictionary of the first block: after the stream's header of 12 bytes, the block's
-/// size and flags, sizes that may be there, and its filters, of which LZMA2's is the last.
-fn xz_window(head: &[u8]) -> Option<u64> {
-    let block = head.get(12..)?;
-    if *block.first()? == 0 {
-        // An index: a stream without a block.
-        return Some(0);
+impl<'a> Decompressed<'a> {
+    /// Looks at the first bytes.
+    ///
+    /// # Errors
+    /// As the stream's; for a format that is not read.
+    pub fn new(mut stream: Box<dyn Read + 'a>) -> io::Result<Decompressed<'a>> {
+        let mut first = Vec::new();
+        (&mut stream).take(MAGIC as u64).read_to_end(&mut first)?;
+        let format = Format::of(&first).map_err(io::Error::other)?;
+        let source = BufReader::with_capacity(CHUNK, io::Cursor::new(first).chain(stream));
+        let mut this = Decompressed { format, part: Part::End, seen: 0, broken: None };
+        this.begin(source).map_err(|e| this.damaged(e))?;
+        Ok(this)
     }
-    let size = (usize::from(*block.first()?) + 1) * 4;
-    let flags = *block.get(1)?;
-    let mut at = 2;
-    for _ in 0..(flags >> 6 & 1) + (flags >> 7) {
-        while *block.get(at)? & 0x80 != 0 {
-            at += 1;
+
+    /// How it was compressed.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Begins the next part, if there is one.
+    fn begin(&mut self, mut source: Source<'a>) -> io::Result<()> {
+        self.part = match self.format {
+            Format::Plain => Part::Plain(source),
+            Format::Gzip => match more(&mut source, &[0x1f, 0x8b])? {
+                true => Part::Gzip(GzDecoder::new(source)),
+                false => Part::End,
+            },
+            Format::Xz => match more(&mut source, &[0xfd, b'7'])? {
+                true => Part::Xz(Box::new(XzReader::new(Watched::new(source), false))),
+                false => Part::End,
+            },
+            Format::Zstd => match frame(source)? {
+                Some(decoder) => Part::Zstd(Box::new(decoder)),
+                None => Part::End,
+            },
+        };
+        Ok(())
+    }
+
+    /// Reads of this part; nothing at its end.
+    fn read_part(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.part {
+            Part::Plain(source) => source.read(buffer),
+            Part::Gzip(decoder) => decoder.read(buffer),
+            Part::Xz(decoder) => decoder.read(buffer),
+            Part::Zstd(decoder) => decoder.read(buffer),
+            Part::End => Ok(0),
         }
-        at += 1;
     }
-    // The last filter: its number 0x21, one byte of properties, the dictionary.
-    let rest = block.get(at..size.min(block.len()))?;
-    let found = rest.windows(3).find(|w| w[0] == 0x21 && w[1] == 1)?;
-    match u32::from(found[2]) {
-        40 => Some(u64::from(u32::MAX)),
-        d if d < 40 => Some(u64::from(2 | d & 1) << (d / 2 + 11)),
-        _ => None,
+
+    /// Ends this part, and begins the next one.
+    fn next_part(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.part, Part::End) {
+            Part::Plain(_) | Part::End => Ok(()),
+            Part::Gzip(decoder) => self.begin(decoder.into_inner()),
+            Part::Xz(decoder) => self.begin(decoder.into_inner().into_inner()),
+            Part::Zstd(decoder) => {
+                let (source, decoder) = decoder.into_parts();
+                let told = decoder.get_checksum_from_data();
+                if told.is_some() && told != decoder.get_calculated_checksum() {
+                    return Err(io::Error::other("a checksum is wrong"));
+                }
+                self.begin(source)
+            }
+        }
+    }
+
+    fn damaged(&mut self, source: io::Error) -> io::Error {
+        if self.format == Format::Plain {
+            return source;
+        }
+        // Of zstd's errors, none tells.
+        let ended = match &mut self.part {
+            Part::Zstd(decoder) => decoder.get_mut().fill_buf().is_ok_and(<[u8]>::is_empty),
+            _ => false,
+        };
+        let text = match source.kind() {
+            io::ErrorKind::UnexpectedEof => "it is cut off".to_string(),
+            _ if ended => format!("it is cut off ({source})"),
+            _ => source.to_string(),
+        };
+        let text = format!(
+            "its {} does not decompress, after {} bytes of what is in it: {text}",
+            self.format, self.seen
+        );
+        io::Error::new(source.kind(), text)
     }
 }
 
-fn zstd_frame(head: &[u8]) -> bool {
-    let skippable =
-        head.first().is_some_and(|b| b & 0xf0 == 0x50) && head[1..].starts_with(SKIPPABLE);
-    head.starts_with(ZSTD) || skippable
+impl Read for Decompressed<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        if let Some((kind, text)) = &self.broken {
+            return Err(io::Error::new(*kind, text.clone()));
+        }
+        let read = loop {
+            match self.read_part(buffer) {
+                Ok(0) if !matches!(self.part, Part::End) => {
+                    if let Err(e) = self.next_part() {
+                        break Err(e);
+                    }
+                }
+                other => break other,
+            }
+        };
+        match read {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Err(e),
+            Err(e) => {
+                let e = self.damaged(e);
+                self.broken = Some((e.kind(), e.to_string()));
+                Err(e)
+            }
+            Ok(n) => {
+                self.seen += n as u64;
+                Ok(n)
+            }
+        }
+    }
 }
 
-/// What a frame keeps of what was written before.
-fn zstd_window(head: &[u8]) -> Option<u64> {
-    let descriptor = *head.get(4)?;
-    let single = descriptor & 0x20 != 0;
+/// Whether another part follows; zeros before it, or at the end, are what fills a medium's
+/// last block.
+fn more(source: &mut Source<'_>, magic: &[u8]) -> io::Result<bool> {
+    loop {
+        let bytes = source.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        let zeros = bytes.iter().take_while(|b| **b == 0).count();
+        if zeros == 0 {
+            return match bytes[0] == magic[0] {
+                true => Ok(true),
+                false => Err(io::Error::other("something else follows its end")),
+            };
+        }
+        source.consume(zeros);
+    }
+}
+
+/// The next frame of zstd's that is none to be skipped.
+fn frame(mut source: Source<'_>) -> io::Result<Option<StreamingDecoder<Source<'_>, FrameDecoder>>> {
+    loop {
+        let mut header = Vec::new();
+        (&mut source).take(4).read_to_end(&mut header)?;
+        let magic = match header[..] {
+            [] => return Ok(None),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+        };
+        match magic {
+            0xfd2f_b528 => {
+                (&mut source).take(ZSTD_HEADER as u64 - 4).read_to_end(&mut header)?;
+                let window = zstd_window(&header).ok_or(io::ErrorKind::UnexpectedEof)?;
+                if window > MAX_WINDOW {
+                    return Err(too_large(window));
+                }
+                // What was looked at comes again.
+                let source = put_back(source, header);
+                let decoder = StreamingDecoder::new(source).map_err(io::Error::other)?;
+                return Ok(Some(decoder));
+            }
+            0x184d_2a50..=0x184d_2a5f => {
+                let mut size = [0; 4];
+                source.read_exact(&mut size)?;
+                let size = u64::from(u32::from_le_bytes(size));
+                if io::copy(&mut (&mut source).take(size), &mut io::sink())? < size {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+            0 => match more(&mut source, &[0x28])? {
+                true => {}
+                false => return Ok(None),
+            },
+            _ => return Err(io::Error::other("something else follows its end")),
+        }
+    }
+}
+
+/// A source with bytes before what it still has.
+fn put_back(source: Source<'_>, bytes: Vec<u8>) -> Source<'_> {
+    let mut all = bytes;
+    all.extend_from_slice(source.buffer());
+    let (cursor, stream) = source.into_inner().into_inner();
+    // What the source has not read itself yet: at its beginning, if at all.
+    let at = usize::try_from(cursor.position()).unwrap_or(usize::MAX);
+    all.extend_from_slice(cursor.get_ref().get(at..).unwrap_or_default());
+    BufReader::with_capacity(CHUNK, io::Cursor::new(all).chain(stream))
+}
+
+/// How many bytes a frame looks back (RFC 8878, 3.1.1.1); `None` when it is cut off.
+fn zstd_window(header: &[u8]) -> Option<u64> {
+    let descriptor = *header.get(4)?;
+    let (sizes, single, dictionary) = (descriptor >> 6, descriptor & 0x20 != 0, descriptor & 3);
     if !single {
-        let window = *head.get(5)?;
+        let window = *header.get(5)?;
         let base = 1u64 << (10 + (window >> 3));
         return Some(base + base / 8 * u64::from(window & 7));
     }
-    // The whole content: its size follows, and a dictionary's number before it.
-    let at = 5 + [0, 1, 2, 4][usize::from(descriptor & 3)];
-    let bytes = [1, 2, 4, 8][usize::from(descriptor >> 6)];
-    let field = head.get(at..at + bytes)?;
-    let n = field.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-    Some(if bytes == 2 { n + 256 } else { n })
+    // The whole of it, whose size follows the dictionary's number.
+    let at = 5 + [0, 1, 2, 4][usize::from(dictionary)];
+    let bytes = header.get(at..at + [1, 2, 4, 8][usize::from(sizes)])?;
+    let size = bytes.iter().rev().fold(0, |sum, b| sum << 8 | u64::from(*b));
+    Some(if sizes == 1 { size + 256 } else { size })
 }
 
-/// Frames, one after the other.
-enum Zstd<'a> {
-    Between(Input<'a>),
-    Frame(Box<StreamingDecoder<Input<'a>, FrameDecoder>>),
-    Ended,
-}
-
-impl<'a> Zstd<'a> {
-    /// Takes a frame up; the end is no error where a frame may begin.
-    fn begin(mut input: Input<'a>) -> io::Result<Zstd<'a>> {
-        loop {
-            let head = input.peek(HEAD)?.to_vec();
-            if head.is_empty() {
-                return Ok(Zstd::Ended);
-            }
-            if !zstd_frame(&head) {
-                return Err(bad("zstd: something else follows the last frame"));
-            }
-            if head.starts_with(ZSTD) {
-                bounded("zstd", zstd_window(&head))?;
-                let decoder =
-                    StreamingDecoder::new(input).map_err(|e| bad(format!("zstd: {e}")))?;
-                return Ok(Zstd::Frame(Box::new(decoder)));
-            }
-            let size = head.get(4..8).and_then(|b| <[u8; 4]>::try_from(b).ok());
-            let size = u64::from(u32::from_le_bytes(size.ok_or_else(|| bad("zstd: cut off"))?));
-            let skipped = io::copy(&mut (&mut input).take(8 + size), &mut io::sink())?;
-            if skipped < 8 + size {
-                return Err(bad("zstd: cut off"));
-            }
-        }
-    }
-}
-
-impl Read for Zstd<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            *self = match std::mem::replace(self, Zstd::Ended) {
-                Zstd::Ended => return Ok(0),
-                Zstd::Between(input) => Zstd::begin(input)?,
-                Zstd::Frame(mut frame) => {
-                    let n = frame.read(buffer)?;
-                    if n > 0 || buffer.is_empty() {
-                        *self = Zstd::Frame(frame);
-                        return Ok(n);
-                    }
-                    let (input, decoder) = frame.into_parts();
-                    if decoder.get_checksum_from_data().is_some()
-                        && decoder.get_checksum_from_data() != decoder.get_calculated_checksum()
-                    {
-                        return Err(bad("zstd: its checksum is wrong"));
-                    }
-                    Zstd::Between(input)
-                }
-            };
-        }
-    }
+/// That it looks back too far.
+pub fn too_large(window: u64) -> io::Error {
+    io::Error::other(format!(
+        "it has to be decompressed with {window} bytes of memory, of at most {MAX_WINDOW} \
+         here: compress it with a smaller dictionary or window, or give the tar as it is"
+    ))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(bytes: &[u8]) -> io::Result<Vec<u8>> {
-        let mut out = Vec::new();
-        plain(bytes)?.read_to_end(&mut out)?;
-        Ok(out)
-    }
-
-    #[test]
-    fn what_is_not_compressed_is_as_it_is() {
-        assert_eq!(read(b"").unwrap(), b"");
-        assert_eq!(read(b"x").unwrap(), b"x");
-        assert_eq!(read(&[7; 1000]).unwrap(), [7; 1000]);
-    }
-
-    #[test]
-    fn other_forms_are_named_with_what_undoes_them() {
-        let e = read(b"BZh91AY").unwrap_err().to_string();
-        assert!(e.contains("bzip2") && e.contains("`bunzip2` it first"), "{e}");
-    }
-
-    #[test]
-    fn memory_is_bounded_before_it_is_taken() {
-        // A window of 2^41 bytes, a dictionary of 4 GiB.
-        let e = read(b"\x28\xb5\x2f\xfd\0\xf8aaaaaaaa").unwrap_err().to_string();
-        assert!(e.contains("bytes of memory"), "{e}");
-        let e = read(b"\xfd7zXZ\0\0\x04\xe6\xd6\xb4\x46\x02\0\x21\x01\x28aaaaaaaaa").unwrap_err();
-        assert!(e.to_string().contains("4294967295 bytes of memory"), "{e}");
-        assert!(read(b"\x28\xb5\x2f\xfd").is_err());
-        assert!(read(XZ).is_err() && read(GZIP).is_err());
-    }
-}
+mod tests;
