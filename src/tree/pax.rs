@@ -17,7 +17,7 @@ impl Records {
     ///
     /// # Errors
     /// A sentence.
-    pub fn parse(bytes: Vec<u8>) -> Result<Records, String> {
+    pub fn parse(mut bytes: Vec<u8>) -> Result<Records, String> {
         let bad = || "a PAX header with a record that is none".to_string();
         let narrow = |n: usize| u32::try_from(n).map_err(|_| bad());
         let (mut places, mut at) = (Vec::new(), 0);
@@ -33,7 +33,13 @@ impl Records {
             places.push([narrow(key)?, narrow(key + equals + 1)?, narrow(at + length - 1)?]);
             at += length;
         }
+        bytes.truncate(at);
         Ok(Records { bytes, places })
+    }
+
+    /// Their text, as it was read.
+    pub fn text(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// All of them.

@@ -78,6 +78,8 @@ pub struct Reader<'a> {
     ended: bool,
     /// Whether what is odd, and has one meaning for GNU tar, is read as that.
     trusting: bool,
+    /// What the last global header says of all entries behind it; of a guest, nothing.
+    global: Vec<u8>,
 }
 
 /// What comes before an entry and is about it.
@@ -117,7 +119,15 @@ pub fn path(name: &[u8]) -> PathBuf {
 impl<'a> Reader<'a> {
     /// Of this stream.
     pub fn new(stream: &'a mut dyn Read) -> Reader<'a> {
-        Reader { stream, left: 0, fill: 0, headers: (0, 0), ended: false, trusting: false }
+        Reader {
+            stream,
+            left: 0,
+            fill: 0,
+            headers: (0, 0),
+            ended: false,
+            trusting: false,
+            global: Vec::new(),
+        }
     }
 
     /// Of this stream, whose writer is trusted: data of what is no file is dropped, a volume's
@@ -280,17 +290,23 @@ impl<'a> Reader<'a> {
         Ok(text)
     }
 
-    /// A global header may tell, but not change what follows: what it changes is read in
-    /// more than one way.
+    /// A guest's global header may tell, but not change what follows: what it changes is
+    /// read in more than one way. Of who is trusted it gives owners, times and attributes,
+    /// until the next one, as to GNU tar; one name or size for all is nobody's wish.
     fn global(&mut self, size: u64) -> Result<(), Error> {
-        let records = self.text(size).map(Records::parse)?;
-        let records = records.map_err(|why| malformed(b"", why))?;
+        let text = self.text(size)?;
+        let records = Records::parse(text.clone()).map_err(|why| malformed(b"", why))?;
+        let trusting = self.trusting;
         let changes = |key: &[u8]| {
-            matches!(key, b"path" | b"linkpath" | b"size" | b"uid" | b"gid" | b"mtime")
-                || key.starts_with(b"GNU.sparse.")
+            let of_each = matches!(key, b"path" | b"linkpath" | b"size");
+            let of_all = matches!(key, b"uid" | b"gid" | b"mtime")
                 || key.starts_with(b"SCHILY.")
-                || key.starts_with(b"SUN.")
+                || key.starts_with(b"SUN.");
+            of_each || key.starts_with(b"GNU.sparse.") || (of_all && !trusting)
         };
+        if trusting {
+            self.global = records.text().to_vec();
+        }
         let found = records.all().find(|(key, _)| changes(key));
         match found {
             None => Ok(()),
@@ -303,7 +319,11 @@ impl<'a> Reader<'a> {
 
     fn entry(&mut self, block: &[u8; SIZE], before: Before) -> Result<Entry, Error> {
         let header = Header { block };
-        let records = before.records.unwrap_or_default();
+        let mut records = before.records.unwrap_or_default();
+        if !self.global.is_empty() {
+            let all = [&self.global, records.text()].concat();
+            records = Records::parse(all).map_err(|why| malformed(header.name(), why))?;
+        }
         let in_records = |key: &str| records.last(key).map(<[u8]>::to_vec);
         let name = in_records("GNU.sparse.name").or_else(|| in_records("path"));
         let name = name.or(before.name).unwrap_or_else(|| header.whole_name());
