@@ -335,7 +335,7 @@ pub struct Cp {
     /// Follow SOURCE if it is a symbolic link; links below it stay links
     #[arg(long, short = 'L')]
     pub follow_link: bool,
-    /// Out of a VM whose guest is TRUSTED, and as root: owners, set-id bits, times, extended
+    /// Out of a VM whose guest is TRUSTED, and as root: owners, set-id bits, extended
     /// attributes, devices and FIFOs, too. Else files, directories and links come out, as
     /// this user's own
     #[arg(long)]

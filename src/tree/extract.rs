@@ -1,10 +1,10 @@
 //! A tar stream from a guest becomes a tree on this host, which does not trust it.
 //!
 //! As `docker cp` without -a: files, directories, symbolic links, and hard links to what
-//! came before them; the caller's own, with permissions but no set-id and sticky bits, no
-//! extended attributes, no times; nothing but the one name that was asked for. Of a guest
-//! that is trusted ([`Policy::archive`]) also owners, all modes, times, extended
-//! attributes, devices and FIFOs.
+//! came before them; the caller's own, with permissions but no set-id and sticky bits, with
+//! the time of their last change, no extended attributes; nothing but the one name that was
+//! asked for. Of a guest that is trusted ([`Policy::archive`]) also owners, all modes,
+//! extended attributes, devices and FIFOs.
 //!
 //! Invariants: nothing is written outside the target (`Target`), nor more than is allowed
 //! (`Budget`); a file is whole, or it is not there; in memory are at most [`MAX_NAMES`]
@@ -57,7 +57,7 @@ pub struct Policy {
     pub called: Option<Vec<u8>>,
     /// What that may be.
     pub allowed: Allowed,
-    /// Whether owners, all modes, times, extended attributes, devices and FIFOs come, too:
+    /// Whether owners, all modes, extended attributes, devices and FIFOs come, too:
     /// for guests that are trusted, and for root only.
     pub archive: bool,
     /// Most bytes of all files together, holes included.
@@ -93,6 +93,17 @@ impl Policy {
         let path = name.path();
         let rest = path.strip_prefix(name.first()).unwrap_or(Path::new(""));
         Name::parse(&[called, &b"/"[..], rest.as_os_str().as_bytes()].concat())
+    }
+
+    /// What of an entry's inode comes.
+    fn meta(&self, entry: &Entry) -> Result<Meta, Why> {
+        let whole = Meta::of(entry)?;
+        Ok(match self.archive {
+            true => whole,
+            false => {
+                Meta { mode: entry.mode & PERMISSIONS, owner: None, attributes: vec![], ..whole }
+            }
+        })
     }
 
     /// Whether it may be of that kind: a guest says what it is, and this host has looked at
@@ -216,18 +227,8 @@ impl Work<'_> {
                 self.target.remember(dir, name.base()).map_err(failed)?;
             }
         }
-        match self.policy.archive {
-            true => {
-                let meta = Meta::of(entry).map_err(refuse)?;
-                meta.give_at(
-                    (dir, name.base()),
-                    &name.path(),
-                    entry.kind == Kind::Symlink,
-                    &mut self.lost,
-                )
-            }
-            false => Ok(()),
-        }
+        let (meta, link) = (self.policy.meta(entry).map_err(refuse)?, entry.kind == Kind::Symlink);
+        meta.give_at((dir, name.base()), &path, link, &mut self.lost)
     }
 
     fn directory(&mut self, entry: &Entry, dir: BorrowedFd<'_>, name: Name) -> Result<(), Error> {
@@ -239,15 +240,13 @@ impl Work<'_> {
         let mode = entry.mode & PERMISSIONS;
         fchmod(&opened, Mode::from_bits_truncate(mode | USABLE))
             .map_err(|e| io_at("set the mode of", &path)(e.into()))?;
-        // What came before for the same directory does not count any more.
-        if mode & USABLE == USABLE && new && !self.policy.archive {
+        let meta = self.policy.meta(entry).map_err(refuse)?;
+        let size = size_of::<Directory>() + 2 * path.as_os_str().len() + meta.bytes();
+        // All that one of very many does not get is its time.
+        let usable = mode & USABLE == USABLE && new && !self.policy.archive;
+        if usable && self.kept + size > MAX_KEPT / 2 {
             return Ok(());
         }
-        let meta = match self.policy.archive {
-            true => Meta::of(entry).map_err(refuse)?,
-            false => Meta { mode, ..Meta::none() },
-        };
-        let size = size_of::<Directory>() + 2 * path.as_os_str().len() + meta.bytes();
         self.kept += size;
         if self.kept > MAX_KEPT {
             return Err(refuse(Why::TooManyDirectories));
@@ -307,13 +306,9 @@ impl Work<'_> {
         if written.map_or(0, |piece| piece.offset + piece.length) < entry.size {
             file.set_len(entry.size).map_err(failed)?;
         }
-        if self.policy.archive {
-            let refuse = |why| Error::Refused { name: path.to_path_buf(), why };
-            let meta = Meta::of(entry).map_err(refuse)?;
-            return meta.give(file, path, &mut self.lost);
-        }
-        let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);
-        fchmod(file, mode).map_err(|e| failed(e.into()))
+        let refuse = |why| Error::Refused { name: path.to_path_buf(), why };
+        let meta = self.policy.meta(entry).map_err(refuse)?;
+        meta.give(file, path, &mut self.lost)
     }
 
     /// Makes directories what they are to be, the inner ones first.
@@ -326,11 +321,7 @@ impl Work<'_> {
             }
             let path = directory.name.path();
             let opened = self.reopen(directory).map_err(io_at("set the mode of", &path))?;
-            match self.policy.archive {
-                true => directory.meta.give(&opened, &path, &mut self.lost)?,
-                false => fchmod(&opened, Mode::from_bits_truncate(directory.meta.mode))
-                    .map_err(|e| io_at("set the mode of", &path)(e.into()))?,
-            }
+            directory.meta.give(&opened, &path, &mut self.lost)?;
         }
         let (bytes, entries) = self.budget.spent();
         Ok(Extracted { entries, bytes, lost: self.lost })

@@ -2,8 +2,7 @@
 //!
 //! What passes is what `extract` would write: files, directories, symbolic links, hard links
 //! to what came before, with permissions and without set-id and sticky bits, the caller's
-//! own, no extended attributes; all of it for guests that are trusted. Times pass, in whole
-//! seconds: they harm nobody. Holes come as zeros, so that any tar reads it.
+//! own, with their times, no extended attributes; all of it for guests that are trusted. Holes come as zeros, so that any tar reads it.
 //!
 //! Invariants: no byte of a guest's header is passed on, every header is written here; no
 //! name leads up, comes twice, or is below anything but a directory of the same stream, so
@@ -25,6 +24,7 @@ use tar::{Builder, EntryType, Header};
 
 use super::budget::Budget;
 use super::extract::{Extracted, Policy};
+use super::pack::pax_time;
 use super::reader::{path as shown, Entry, Kind, Reader};
 use super::sparse::Piece;
 use super::target::Name;
@@ -147,9 +147,7 @@ impl Work<'_> {
         };
         self.names.add(&name, path.components().count() == 1, directory).map_err(refuse)?;
         let mut header = self.header(entry, kind).map_err(refuse)?;
-        if archive {
-            self.attributes(entry)?;
-        }
+        self.records(entry)?;
         let written = io_at("write", Path::new(OUTPUT));
         if let Some(link) = link {
             return self.out.append_link(&mut header, &path, link).map_err(written);
@@ -203,14 +201,20 @@ impl Work<'_> {
         Ok(header)
     }
 
-    /// Extended attributes, of guests that are trusted.
-    fn attributes(&mut self, entry: &Entry) -> Result<(), Error> {
-        let records: Vec<(String, &[u8])> = entry
-            .records
-            .all()
-            .filter(|(key, _)| key.starts_with(b"SCHILY.xattr."))
-            .filter_map(|(key, value)| Some((String::from_utf8(key.to_vec()).ok()?, value)))
-            .collect();
+    /// A time that the header has no place for; extended attributes, of guests that are
+    /// trusted.
+    fn records(&mut self, entry: &Entry) -> Result<(), Error> {
+        let (seconds, part) = entry.changed;
+        let time = pax_time(seconds, part.into());
+        let mut records: Vec<(String, &[u8])> = Vec::new();
+        if seconds < 0 || part != 0 {
+            records.push(("mtime".into(), time.as_bytes()));
+        }
+        if self.policy.archive {
+            let attributes = entry.records.all().filter(|(k, _)| k.starts_with(b"SCHILY.xattr."));
+            let named = |(k, v): (&[u8], _)| Some((String::from_utf8(k.to_vec()).ok()?, v));
+            records.extend(attributes.filter_map(named));
+        }
         if records.is_empty() {
             return Ok(());
         }

@@ -39,13 +39,6 @@ pub struct Meta {
 }
 
 impl Meta {
-    /// A mode, and nothing else.
-    #[cfg(feature = "host")]
-    pub fn none() -> Meta {
-        let changed = TimeSpec::new(0, 0);
-        Meta { mode: 0, owner: None, changed, attributes: vec![] }
-    }
-
     /// All that an entry says.
     ///
     /// # Errors

@@ -301,7 +301,7 @@ impl Packer<'_> {
 }
 
 /// A time as PAX writes it: a decimal number, the sign before all of it.
-fn pax_time(seconds: i64, billionths: i64) -> String {
+pub(super) fn pax_time(seconds: i64, billionths: i64) -> String {
     match (seconds < 0, billionths) {
         (_, 0) => seconds.to_string(),
         (false, n) => format!("{seconds}.{n:09}"),

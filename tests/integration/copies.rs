@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::daemon::{assert_nothing_left, feed, text, Daemon, Dir, Options};
 use crate::require_qemu;
@@ -249,6 +250,12 @@ fn copies_of_an_ordinary_user_follow_the_same_rules() {
 fn streams(pair: &Pair<'_>) {
     let d = pair.daemon;
     pair.sh("cd /root/c/src/d; chmod 4755 in; ln in twin; mkfifo ../fifo; truncate -s 3M holes");
+    let fine = d.dir.0.join("fine");
+    fs::write(&fine, "").unwrap();
+    let time = UNIX_EPOCH - Duration::from_millis(86_400_250);
+    fs::File::options().write(true).open(&fine).unwrap().set_modified(time).unwrap();
+    d.ok(&["cp", fine.to_str().unwrap(), &pair.there("src/d")]);
+    pair.sh("cd /root/c/src/d; touch -d '2001-02-03 04:05:06' sub .");
     let out = pair.cp(&[], &pair.there("src/d"), "-");
     assert!(out.status.success(), "{}", text(&out.stderr));
     let into = d.dir.0.join("tar");
@@ -266,8 +273,22 @@ fn streams(pair: &Pair<'_>) {
     assert_eq!(fs::read_to_string(into.join("d/sub/x")).unwrap(), "x");
     assert_eq!(fs::read_to_string(into.join("d/twin")).unwrap(), "in");
     assert_eq!(fs::metadata(into.join("d/holes")).unwrap().len(), 3 << 20);
+    // Times to their parts of seconds, and before 1970: on a stream and as files.
+    let files = d.dir.0.join("timed");
+    assert!(pair.cp(&[], &pair.there("src/d"), files.to_str().unwrap()).status.success());
+    for dir in [into.join("d"), files] {
+        let changed = |name: &str| fs::metadata(dir.join(name)).unwrap().modified().unwrap();
+        assert_eq!(changed("fine"), time, "{dir:?}");
+        for name in ["sub", ""] {
+            assert_eq!(
+                changed(name),
+                UNIX_EPOCH + Duration::from_secs(981_173_106),
+                "{dir:?}/{name}"
+            );
+        }
+    }
     let contents = pair.cp(&[], &pair.there("src/d/."), "-").stdout;
-    assert_eq!(text(&tar(&["t"], &contents)), "holes\nin\nsub\nsub/x\ntwin\n");
+    assert_eq!(text(&tar(&["t"], &contents)), "fine\nholes\nin\nsub\nsub/x\ntwin\n");
 
     // And back, as GNU tar writes it, through a pipe that has nothing for a while.
     let packed = tar(&["c", "d"], b"");
@@ -353,6 +374,11 @@ fn errors(pair: &Pair<'_>) {
     failed(pair.cp(&[], &to("/root/x"), "/dev/shm/vmct-nothing"), &signal);
     pair.sh("printf '#!/bin/sh\\nexit 7\\n' > /sbin/vmcache-agent");
     failed(pair.cp(&[], &most, &to("/root")), &["ended with code 7, and said nothing"]);
+    // No word on a user's command: not 126, nor 127.
+    for (change, cause) in [("chmod -x", "not executable"), ("rm", "no such file")] {
+        pair.sh(&format!("{change} /sbin/vmcache-agent"));
+        failed(pair.cp(&[], &most, &to("/root")), &["start the guest's side", cause]);
+    }
 }
 
 /// As `feed`, of a command that does not read all.

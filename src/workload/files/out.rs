@@ -27,7 +27,7 @@ const MAX_LINKS: usize = 40;
 /// What may come out of a guest.
 #[derive(Clone, Debug)]
 pub struct CopyPolicy {
-    /// Owners, all modes, times, extended attributes, devices and FIFOs, too: for guests
+    /// Owners, all modes, extended attributes, devices and FIFOs, too: for guests
     /// that are trusted, and for root only.
     pub archive: bool,
     /// A link that is named itself is followed, in the guest.

@@ -89,7 +89,14 @@ impl<'a> Side<'a> {
             source,
         })?;
         let name = format!("copy-{}", &fresh[..8]);
-        let running = guest.launch_beside(command, &name)?.limited(STALLED);
+        // That the guest has lost the program is no word on a user's command.
+        let lost = |e| match e {
+            Error::NotFound { text } | Error::NotExecutable { text } => {
+                Error::Copy { text: format!("start the guest's side of the copy: {text}") }
+            }
+            e => e,
+        };
+        let running = guest.launch_beside(command, &name).map_err(lost)?.limited(STALLED);
         let complaint = complaints(&running)?;
         let stdout = io::BufReader::new(running.stdout().take(ANSWERS));
         Ok(Side { guest, running, name, complaint, stdout, full: None })
