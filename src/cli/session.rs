@@ -181,7 +181,7 @@ impl Session {
     ) -> Result<Ended, Failure> {
         self.change(|s| s.starting = false);
         let raw = terminal.as_ref().map(Terminal::raw).transpose()?;
-        let mut attended = Attended { process, terminal: terminal.is_some(), limit };
+        let mut attended = Attended { process, terminal: terminal.as_ref(), limit };
         let ended = attended.attend(&expected.signals, input);
         drop(raw);
         self.change(|s| s.process = None);
@@ -263,7 +263,7 @@ enum Order {
 /// A process whose streams and signals are carried.
 struct Attended<'a> {
     process: &'a Running,
-    terminal: bool,
+    terminal: Option<&'a Terminal>,
     limit: Limit,
 }
 
@@ -416,7 +416,12 @@ impl Attended<'_> {
 
     /// Passes a signal on; the exit code, where nobody is left to take it.
     fn pass(&self, signal: i32, orders: &Sender<Order>, known: &mut Known) -> Option<u8> {
-        if signal == SIGWINCH && self.terminal {
+        if let Some(terminal) = self.terminal.filter(|_| signal == SIGCONT) {
+            // While it was stopped, the terminal was the shell's, and may have another size.
+            terminal.again();
+            let _ = orders.try_send(Order::Resize);
+        }
+        if signal == SIGWINCH && self.terminal.is_some() {
             if known.unanswered.is_none() {
                 let _ = orders.try_send(Order::Resize);
             }

@@ -39,11 +39,19 @@ impl Terminal {
 
     /// Every key goes to the process from now on.
     pub fn raw(&self) -> Result<Raw, Failure> {
+        self.set_raw().map_err(|e| Failure::new(FAILED, format!("make the terminal raw: {e}")))?;
+        Ok(Raw { before: self.before.clone() })
+    }
+
+    /// Makes it raw again, after a shell has had it.
+    pub fn again(&self) {
+        let _ = self.set_raw();
+    }
+
+    fn set_raw(&self) -> nix::Result<()> {
         let mut raw = self.before.clone();
         cfmakeraw(&mut raw);
         tcsetattr(io::stdin(), SetArg::TCSADRAIN, &raw)
-            .map_err(|e| Failure::new(FAILED, format!("make the terminal raw: {e}")))?;
-        Ok(Raw { before: self.before.clone() })
     }
 }
 

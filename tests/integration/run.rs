@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use nix::pty::openpty;
 use nix::sys::signal::{kill, Signal};
-use nix::sys::termios::tcgetattr;
+use nix::sys::termios::{tcgetattr, tcsetattr, SetArg};
 use nix::unistd::Pid;
 
 use crate::daemon::{assert_nothing_left, feed, text, wait_child, wait_for, Daemon, Options};
@@ -126,6 +126,12 @@ fn a_terminal_is_a_terminal_and_is_given_back() {
     assert!(seen.contains("terminal\r\n33 77\r\n"), "{seen:?}");
     let raw = tcgetattr(&pty.slave).unwrap();
     assert_ne!(raw.local_flags, before.local_flags, "raw while it runs");
+    // Stopped, a shell has its terminal; who goes on has it as before.
+    let pid = Pid::from_raw(child.id() as i32);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    tcsetattr(&pty.slave, SetArg::TCSANOW, &before).unwrap();
+    kill(pid, Signal::SIGCONT).unwrap();
+    wait_for("a raw terminal", || tcgetattr(&pty.slave).unwrap().local_flags == raw.local_flags);
     master.write_all(b"word\n").unwrap();
     while !seen.contains("got word") {
         let n = master.read(&mut chunk).unwrap();
