@@ -401,7 +401,7 @@ pub struct Ps {
     pub id: String,
     #[command(flatten)]
     pub json: Json,
-    /// Arguments for the guest's ps [default: -ef]
+    /// Arguments for ps, in guests of Kata's agents [default: -ef]; vmcache's own has one table
     #[arg(last = true, value_name = "ARG")]
     pub args: Vec<String>,
 }

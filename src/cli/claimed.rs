@@ -124,17 +124,44 @@ pub fn with_guest<T>(
 
 /// `vmcache ps`.
 pub fn ps(common: &Common, o: &Ps) -> Outcome {
-    let format = if o.json.json { ListFormat::Json } else { ListFormat::Table };
-    let bytes = with_guest(common, &o.id, |g| Ok(g.list_processes(format, &o.args)?))?;
+    let (own, bytes) = with_guest(common, &o.id, |g| {
+        // Kata's agents have a table in no form that could be read.
+        let own = g.vm().own_agent();
+        let format = if o.json.json && !own { ListFormat::Json } else { ListFormat::Table };
+        Ok((own, g.list_processes(format, &o.args)?))
+    })?;
     if o.json.json {
-        let pids = serde_json::from_slice::<Vec<i64>>(&bytes).map_err(|e| {
-            Failure::new(FAILED, format!("the guest's list of processes is none: {e}"))
-        })?;
-        print::json(&json!(pids))?;
+        let list = match own {
+            true => rows(&String::from_utf8_lossy(&bytes)),
+            false => serde_json::from_slice::<Vec<i64>>(&bytes)
+                .ok()
+                .map(|pids| pids.into_iter().map(|pid| json!({"pid": pid})).collect()),
+        };
+        let none = || Failure::new(FAILED, "the guest's list of processes is none");
+        print::json(&json!(list.ok_or_else(none)?))?;
     } else {
         print::block(format!("{}\n", String::from_utf8_lossy(&bytes).trim_end()))?;
     }
     Ok(0)
+}
+
+/// The rows of our own agent's table, below its heading.
+fn rows(table: &str) -> Option<Vec<Value>> {
+    let row = |line: &str| {
+        let mut rest = line.trim_start();
+        let mut next = || {
+            let (word, after) = rest.split_once(' ')?;
+            rest = after.trim_start();
+            Some(word)
+        };
+        let (pid, uid) = (next()?.parse::<u32>().ok()?, next()?.parse::<u32>().ok());
+        let (state, rss, exec) = (next()?, next()?.parse::<u64>().ok(), next()?);
+        let exec = Some(exec).filter(|name| *name != "-");
+        Some(json!({
+            "pid": pid, "uid": uid, "state": state, "rss_kib": rss, "exec": exec, "command": rest,
+        }))
+    };
+    table.lines().skip(1).map(row).collect()
 }
 
 /// `vmcache kill`.

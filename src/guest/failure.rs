@@ -8,6 +8,10 @@ use std::io;
 
 use ttrpc::Code;
 
+/// Most bytes of a sentence: it goes through pipes that nobody reads before its end, and a
+/// request's own names are in it.
+const MAX_MESSAGE: usize = 4096;
+
 /// A ttrpc status code and a sentence.
 #[derive(Debug)]
 pub struct Failure {
@@ -23,7 +27,16 @@ pub type Outcome<T> = Result<T, Failure>;
 impl Failure {
     /// A failure of the given kind.
     pub fn new(code: Code, message: impl Into<String>) -> Failure {
-        Failure { code, message: message.into() }
+        let mut message = message.into();
+        if message.len() > MAX_MESSAGE {
+            // The end says why.
+            let boundary =
+                |from: usize| (from..message.len()).find(|n| message.is_char_boundary(*n));
+            let last = message.len() - MAX_MESSAGE / 2;
+            let (ends, begins) = (boundary(MAX_MESSAGE / 2), boundary(last));
+            message.replace_range(ends.unwrap_or(0)..begins.unwrap_or(last), " … ");
+        }
+        Failure { code, message }
     }
 
     /// Something went wrong that the request did not cause.

@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::failure::{Failure, Outcome};
-use crate::sys::process::parent;
+use crate::sys::process::{parent, session};
 
 /// Every process of the guest but the kernel's own.
 pub fn everything() -> Vec<i32> {
@@ -51,11 +51,13 @@ pub fn processes(
 const MAX_GENERATIONS: usize = 256;
 
 /// The name under which a process, or its forebear, was started: what `vmcache kill
-/// --exec` takes. One that was taken over by a container's init is that one's.
+/// --exec` takes. One that was taken over by a container's init still is of the session of
+/// who started it, unless it has made one of its own.
 fn owner(pid: i32, started: &[(String, String, i32)]) -> &str {
     let mut at = pid;
     for _ in 0..MAX_GENERATIONS {
-        if let Some((_, name, _)) = started.iter().find(|s| s.2 == at) {
+        let of = |pid: i32| started.iter().find(|s| s.2 == pid);
+        if let Some((_, name, _)) = of(at).or_else(|| session(at).and_then(of)) {
             return name;
         }
         match parent(at) {

@@ -23,7 +23,7 @@ use nix::unistd::pipe2;
 
 use super::failure::{Attempt, Failure, Outcome};
 use super::reaper::Child;
-use crate::sys::process::{pidfd_kill, pidfd_open};
+use crate::sys::process::{pidfd_kill, pidfd_open, session};
 use crate::sys::terminal::set_window_size;
 
 /// Most bytes one ReadStdout or ReadStderr returns, whatever was asked: fits
@@ -209,6 +209,14 @@ impl Process {
             Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => Err(ended()),
             done => done.during(|| format!("send signal {signal} to process {}", self.pid)),
         }
+    }
+
+    /// Sends a signal to one of its session that it left running; whether it was sent.
+    pub fn signal_left(&self, pid: i32, number: u32) -> bool {
+        let Ok(number) = i32::try_from(number) else { return false };
+        let Ok(left) = pidfd_open(pid) else { return false };
+        // Looked at behind the pidfd: nobody has the pid of what it stands for.
+        session(pid) == Some(self.pid) && pidfd_kill(left.as_fd(), number).is_ok()
     }
 
     /// Writes all of `data` to its standard input.

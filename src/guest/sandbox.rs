@@ -176,12 +176,30 @@ impl Sandbox {
             // One in which something is being made is not waited for: it is missing here.
             let Ok(container) = container.try_lock() else { continue };
             for (name, process) in &container.processes {
-                if process.running() {
+                // Of one that has ended, what it left running.
+                if process.running() || !container.left_by(process).is_empty() {
                     all.push((id.clone(), name.clone(), process.pid));
                 }
             }
         }
         all
+    }
+
+    /// Sends a signal to a process; of one that joined a container and has ended, to what
+    /// it left running there.
+    pub fn signal(&self, id: &str, exec_id: &str, number: u32) -> Outcome<()> {
+        let process = self.process(id, exec_id)?;
+        let ended = match process.signal(number) {
+            Err(e) if e.code == ttrpc::Code::NOT_FOUND => e,
+            done => return done,
+        };
+        let container = self.container(id)?;
+        let left = lock(&container).left_by(&process);
+        let sent = left.into_iter().filter(|pid| process.signal_left(*pid, number));
+        match sent.count() {
+            0 => Err(ended),
+            _ => Ok(()),
+        }
     }
 
     /// A process by container and exec id.

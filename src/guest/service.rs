@@ -120,8 +120,7 @@ impl AgentService for Agent {
     }
 
     fn signal_process(&self, _: &TtrpcContext, r: SignalProcessRequest) -> ttrpc::Result<Empty> {
-        let process = self.sandbox.process(&r.container_id, &r.exec_id);
-        empty(process.and_then(|p| p.signal(r.signal)))
+        empty(self.sandbox.signal(&r.container_id, &r.exec_id, r.signal))
     }
 
     fn wait_process(

@@ -42,7 +42,7 @@ use super::failure::{Attempt, Failure, Outcome};
 use super::{capabilities, user};
 use crate::proto::oci::{Process, Spec};
 use crate::sys::guest::set_oom_score;
-use crate::sys::process::{default_sigpipe, fork, reap};
+use crate::sys::process::{default_actions, fork, reap};
 use crate::sys::terminal::set_controlling;
 
 /// Files that a program may have open, soft and hard, unless it is told otherwise: the
@@ -365,16 +365,23 @@ fn own_streams(uid: Uid) -> Outcome<()> {
 
 /// The program's path: as given when it has a slash, else by the process's PATH.
 fn find(process: &Process) -> Outcome<PathBuf> {
-    let name = process.Args.first().filter(|a| !a.is_empty());
+    let name = process.Args.first();
     let name =
         name.ok_or_else(|| Failure::invalid("no program to run: the arguments are empty"))?;
+    if name.is_empty() {
+        return Err(Failure::not_found("the command's name is empty: no such command"));
+    }
     let executable = |p: &Path| p.is_file() && access(p, AccessFlags::X_OK).is_ok();
     let denied = || Failure::new(Code::PERMISSION_DENIED, format!("{name}: not executable"));
     if name.contains('/') {
         let path = PathBuf::from(name);
         return match path.metadata() {
-            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(denied()),
-            Err(_) => Err(Failure::not_found(format!("{name}: no such file in the guest"))),
+            Err(e) => Err(match e.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::ENOENT) => {
+                    Failure::not_found(format!("{name}: no such file in the guest ({e})"))
+                }
+                _ => Failure::new(Code::PERMISSION_DENIED, format!("{name}: not executable: {e}")),
+            }),
             Ok(_) if executable(&path) => Ok(path),
             Ok(_) => Err(denied()),
         };
@@ -397,8 +404,8 @@ fn find(process: &Process) -> Outcome<PathBuf> {
 
 /// A session and terminal of its own, then the program; returns why there is none.
 fn finish(ready: &Ready, process: &Process) -> Failure {
-    // Rust ignores it, and what is ignored stays so across exec.
-    default_sigpipe();
+    // What the kernel's first process and Rust ignore would stay so across exec.
+    default_actions();
     let _ = setsid();
     if process.Terminal {
         let _ = set_controlling(std::io::stdin().as_fd());
@@ -421,12 +428,24 @@ fn finish(ready: &Ready, process: &Process) -> Failure {
     let Err(error) = execve(&path, &args, &env);
     let text = format!("execute {}: {}", ready.program.display(), why_not(error, &ready.program));
     match error {
-        Errno::ENOENT | Errno::ENOTDIR => Failure::not_found(text),
-        Errno::EACCES | Errno::ENOEXEC | Errno::EPERM | Errno::ELOOP | Errno::ETXTBSY => {
-            Failure::new(Code::PERMISSION_DENIED, text)
-        }
+        Errno::ENOENT => Failure::not_found(text),
+        Errno::EACCES
+        | Errno::ENOTDIR
+        | Errno::ENOEXEC
+        | Errno::EPERM
+        | Errno::ELOOP
+        | Errno::ENAMETOOLONG
+        | Errno::ETXTBSY => Failure::new(Code::PERMISSION_DENIED, text),
         _ => Failure::internal(text),
     }
+}
+
+/// What a script's first line names, as far as the kernel reads it.
+fn interpreter(script: &Path) -> Option<String> {
+    let mut line = [0; 256];
+    let n = File::open(script).and_then(|mut file| file.read(&mut line)).ok()?;
+    let line = line[..n].strip_prefix(b"#!")?.split(|b| *b == b'\n').next()?;
+    String::from_utf8_lossy(line).split_whitespace().next().map(str::to_string)
 }
 
 /// The kernel's word, with what it means for a file that is there.
@@ -434,7 +453,8 @@ fn why_not(error: Errno, program: &Path) -> String {
     let error = std::io::Error::from(error);
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT) if program.exists() => {
-            format!("its interpreter or loader is not in the guest ({error})")
+            let named = interpreter(program).map_or(String::new(), |name| format!(" {name}"));
+            format!("its interpreter or loader{named} is not in the guest ({error})")
         }
         Some(Errno::ENOEXEC) => {
             format!("neither a program of this machine nor a script with #! ({error})")

@@ -32,6 +32,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::{umask, Mode};
 
 use super::cage::Cage;
+use super::process::default_actions;
 
 /// How much a process is spared when memory runs out: the less, the more.
 const OOM: &str = "/proc/self/oom_score_adj";
@@ -47,10 +48,6 @@ const MPOL_DEFAULT: libc::c_int = 0;
 const PER_LINUX: libc::c_ulong = 0;
 /// keyctl(2).
 const KEYCTL_JOIN_SESSION_KEYRING: libc::c_ulong = 1;
-/// Words of the kernel's struct sigaction, at most.
-const SIGACTION: usize = 4;
-/// Signals that can have a handler: 1 to 64.
-const LAST_SIGNAL: libc::c_int = 64;
 
 /// What the first thread of this process has, looked at before the fork.
 #[derive(Clone, Copy)]
@@ -134,14 +131,7 @@ pub fn prepare(command: &mut Command, keep: &[BorrowedFd<'_>], leased: bool, mut
 fn own_session(base: &Base) -> io::Result<()> {
     nix::unistd::setsid()?;
     umask(Mode::from_bits_truncate(0o077));
-    // By the system call: the C library keeps two signals to itself, which a parent may have
-    // ignored all the same.
-    let default = [0_u64; SIGACTION];
-    let none = std::ptr::null::<u64>();
-    for signal in 1..=LAST_SIGNAL {
-        // SAFETY: a structure of the kernel's, all zeros: the default action, no flags, no mask.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8) };
-    }
+    default_actions();
     SigSet::empty().thread_set_mask()?;
     base.take();
     if let Some(most) = base.files {

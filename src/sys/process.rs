@@ -10,6 +10,11 @@ use std::time::{Duration, Instant};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::ForkResult;
 
+/// Words of the kernel's struct sigaction, at most.
+const SIGACTION: usize = 4;
+/// Signals that can have a handler: 1 to 64.
+const LAST_SIGNAL: libc::c_int = 64;
+
 /// Opens a pidfd of a process (Linux 5.3 and later).
 ///
 /// # Errors
@@ -80,6 +85,12 @@ pub fn real_uid(pid: i32) -> Option<u32> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// The session that it is in: its leader's pid, which nobody else gets while there is one in it.
+pub fn session(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(3)?.parse().ok()
+}
+
 /// The process that started it, or whoever took it over.
 pub fn parent(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -123,16 +134,15 @@ pub fn reap(pid: i32) -> io::Result<Option<(i32, i32)>> {
     }
 }
 
-/// Makes a closed pipe end a process again, as every Unix filter expects; Rust's
-/// runtime ignores SIGPIPE.
-pub fn default_sigpipe() {
-    // SAFETY: restores the default action, no handler of ours is involved.
-    let _ = unsafe {
-        nix::sys::signal::signal(
-            nix::sys::signal::Signal::SIGPIPE,
-            nix::sys::signal::SigHandler::SigDfl,
-        )
-    };
+/// Gives every signal its default action, which it keeps across exec. By the system call:
+/// the C library keeps two signals to itself, which a parent may have ignored all the same.
+pub fn default_actions() {
+    let default = [0_u64; SIGACTION];
+    let none = std::ptr::null::<u64>();
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: a structure of the kernel's, all zeros: the default action, no flags, no mask.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8) };
+    }
 }
 
 /// Clock ticks per second, the unit of [`start_time`].
