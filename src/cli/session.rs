@@ -19,8 +19,8 @@ use super::streams::{carry_input, carry_output, Carried, Output};
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
 use crate::sys::signal::{
-    real_time, Set, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT, SIGSTOP, SIGTERM,
-    SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
+    is_ignored, real_time, Set, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGQUIT,
+    SIGSTOP, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH,
 };
 use crate::vm::birth::Birth;
 use crate::vm::dir::VmDir;
@@ -110,7 +110,8 @@ pub struct Ended {
 impl Session {
     /// Takes the signals over; before any other thread is started.
     pub fn start() -> Result<Session, Failure> {
-        let signals = Set::of(forwarded());
+        // What is ignored stays so, as by any program: nohup, or a script's `&`.
+        let signals = Set::of(forwarded().filter(|n| !is_ignored(*n)));
         let failed = |e: &dyn std::fmt::Display| Failure::new(FAILED, format!("take signals: {e}"));
         signals.block().map_err(|e| failed(&e))?;
         let stage = Arc::new(Mutex::new(Stage::default()));
@@ -299,9 +300,11 @@ impl Known {
     }
 
     /// Its end is known, and nobody takes the rest of its output. One that a signal ended
-    /// says by its exit code that there may be more.
-    fn cut_off(&mut self) {
-        if self.outputs < OUTPUTS && self.status.is_some_and(|status| status < SIGNALLED) {
+    /// says by its exit code that there may be more; where there was none for a while, what
+    /// still may write it is not the command.
+    fn cut_off(&mut self, quiet: bool) {
+        let ended = self.status.is_some_and(|status| status < SIGNALLED);
+        if self.outputs < OUTPUTS && ended && !quiet {
             self.lose("the command has ended, and the rest of its output was not taken".into());
         }
     }
@@ -334,8 +337,9 @@ impl Attended<'_> {
     ) -> Result<(Ended, Option<String>), Failure> {
         let process = self.process;
         let failed = |e: worker::Error| Failure::new(FAILED, e.to_string());
-        let mut out = carry_output(process, Output::Stdout).map_err(failed)?;
-        let mut err = carry_output(process, Output::Stderr).map_err(failed)?;
+        let (mut out, out_flow) = carry_output(process, Output::Stdout).map_err(failed)?;
+        let (mut err, err_flow) = carry_output(process, Output::Stderr).map_err(failed)?;
+        let quiet = || out_flow.quiet() && err_flow.quiet();
         let fault = match input {
             true => Some(carry_input(process).map_err(failed)?),
             false => {
@@ -373,7 +377,7 @@ impl Attended<'_> {
                     self.limit = None;
                     if known.status.is_some() {
                         // Others hold its streams; they have had their time.
-                        known.cut_off();
+                        known.cut_off(quiet());
                         let code = known.code();
                         return Ok(known.ended(code, true));
                     }
@@ -385,7 +389,7 @@ impl Attended<'_> {
                 recv(over) -> _ => {
                     let code = known.give_up.map_or(TIMED_OUT, |(_, code)| code);
                     let answered = known.status.is_some();
-                    known.cut_off();
+                    known.cut_off(quiet());
                     return Ok(known.ended(code, answered));
                 }
                 recv(answers) -> answer => {

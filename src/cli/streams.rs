@@ -18,7 +18,7 @@
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{after, bounded, Receiver};
 use nix::errno::Errno;
@@ -36,6 +36,9 @@ const CHUNK: usize = 256 * 1024;
 /// How often a terminal is asked whether this job is in front again.
 const IN_BACKGROUND: Duration = Duration::from_millis(250);
 
+/// A guest that has bytes answers sooner.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// How carrying a stream ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Carried {
@@ -43,6 +46,34 @@ pub enum Carried {
     Whole,
     /// Some of it is not, and why.
     Lost(String),
+}
+
+/// How a stream flows: for who asks whether there was more of it.
+#[derive(Clone)]
+pub struct Flow(Arc<Mutex<Flowing>>);
+
+enum Flowing {
+    /// Bytes are waited for, since then.
+    Waits(Instant),
+    /// Bytes are here that nobody has taken yet.
+    Holds,
+    /// It is at its end.
+    Ended,
+}
+
+impl Flow {
+    fn set(&self, flowing: Flowing) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = flowing;
+    }
+
+    /// Whether all that came was taken, and nothing more for a while.
+    pub fn quiet(&self) -> bool {
+        match *self.0.lock().unwrap_or_else(|e| e.into_inner()) {
+            Flowing::Waits(since) => since.elapsed() >= QUIET,
+            Flowing::Holds => false,
+            Flowing::Ended => true,
+        }
+    }
 }
 
 /// Why standard input was not carried to its end, if it was not.
@@ -145,12 +176,13 @@ impl Output {
         Ok(())
     }
 
-    fn carry(self, mut from: StreamReader) -> Carried {
+    fn carry(self, mut from: StreamReader, flow: &Flow) -> Carried {
         let fault = |e: Errno| {
             let why = io::Error::from(e);
             Carried::Lost(format!("write the command's output to {}: {why}", self.name()))
         };
         loop {
+            flow.set(Flowing::Waits(Instant::now()));
             let bytes = match from.next_chunk() {
                 Ok(bytes) => bytes,
                 Err(e) => {
@@ -161,6 +193,7 @@ impl Output {
             if bytes.is_empty() {
                 return self.end().map_or_else(fault, |()| Carried::Whole);
             }
+            flow.set(Flowing::Holds);
             if let Err(e) = self.put(&bytes) {
                 let gone = matches!(e, Errno::EPIPE | Errno::ECONNRESET);
                 // The process is to learn of it by its next write; it may have ended.
@@ -172,14 +205,23 @@ impl Output {
 }
 
 /// Carries one output of the process on a thread of its own.
-pub fn carry_output(process: &Running, to: Output) -> Result<Receiver<Carried>, worker::Error> {
+pub fn carry_output(
+    process: &Running,
+    to: Output,
+) -> Result<(Receiver<Carried>, Flow), worker::Error> {
     let from = to.from(process);
     if !was_closed(to as u8 + 1) {
         to.watch(from.closer())?;
     }
     let (tell, carried) = bounded(1);
-    Worker::spawn(to.thread(), move || tell.send(to.carry(from)))?;
-    Ok(carried)
+    let flow = Flow(Arc::new(Mutex::new(Flowing::Waits(Instant::now()))));
+    let told = flow.clone();
+    Worker::spawn(to.thread(), move || {
+        let end = to.carry(from, &told);
+        told.set(Flowing::Ended);
+        tell.send(end)
+    })?;
+    Ok((carried, flow))
 }
 
 /// Carries our standard input in, on a thread of its own. That is not joined: it may sit

@@ -53,6 +53,15 @@ impl Set {
     }
 }
 
+/// Whether this process ignores a signal, as whoever started it said: nohup, a shell's `&`.
+pub fn is_ignored(number: i32) -> bool {
+    let mut now = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: changes nothing, and writes the action through the pointer, which is ours.
+    let known = unsafe { libc::sigaction(number, std::ptr::null(), now.as_mut_ptr()) } == 0;
+    // SAFETY: where the call succeeded, the kernel has written it.
+    known && unsafe { now.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
 /// Numbers of the real-time signals that programs may use.
 pub fn real_time() -> RangeInclusive<i32> {
     libc::SIGRTMIN()..=libc::SIGRTMAX()

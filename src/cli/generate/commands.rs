@@ -13,7 +13,7 @@ const OUTPUTS: [(&str, &str); 9] = [
     ("pipe or socket whose reader goes", "The guest's end is closed at once: the command gets SIGPIPE by its next write, or EPIPE if it ignores the signal, and the exit code is its own (141 for the signal). An agent of Kata's cannot close it: there the command gets SIGPIPE, and SIGKILL when it writes on for 2 s."),
     ("FIFO with a name, whose reader goes", "The same, but when something is written: another reader may come."),
     ("FIFO without a reader that was opened for both", "What fits; then the command waits in its write."),
-    ("reader that stops", "The command waits in its write. Signals and --timeout hold nevertheless: 5 s after the command's end nobody is waited for any more."),
+    ("reader that stops", "The command waits in its write. --timeout holds nevertheless, and INT, TERM, HUP and QUIT: 5 s after they have ended the command, nobody is waited for any more. A command that ends by itself has its output waited for."),
     ("non-blocking", "As one that blocks. No flag of it is changed."),
     ("/dev/full, full disk", "One line on standard error, exit code 125. The command's end is closed, as for a reader that goes."),
     ("closed", "The same, once the command writes to it; one that writes nothing exits as ever."),
@@ -21,18 +21,20 @@ const OUTPUTS: [(&str, &str); 9] = [
 ];
 
 /// The same of standard input.
-const INPUTS: [(&str, &str); 7] = [
+const INPUTS: [(&str, &str); 8] = [
     ("file, pipe, socket, FIFO", "Every byte, until its end. More may be read than the command takes: a loop that reads from it as well wants -n."),
     ("-n, /dev/null, closed", "The command's input is at its end at once."),
     ("non-blocking", "As one that blocks: nothing there yet is no end."),
     ("terminal", "Its lines. With --tty, its keys, raw."),
     ("terminal that another job has", "Waited for until this one is in front again. The job is not stopped, as one that reads is by the shell's rules: exec … & works without -n."),
     ("writer that stops", "The command waits in its read."),
-    ("directory, or one that cannot be read", "The command's input is at its end. One line on standard error, exit code 125."),
+    ("open for writing only, as nohup leaves it", "The command's input is at its end at once."),
+    ("directory, or an error when it is read", "The command's input is at its end. One line on standard error, exit code 125."),
 ];
 
-const SIGNALS: [(&str, &str); 4] = [
+const SIGNALS: [(&str, &str); 5] = [
     ("passed on", "All that can be caught, real-time ones included, from the command's start on; one that comes while it is being started waits for it, INT, TERM, HUP and QUIT at most 2 s."),
+    ("ignored", "What this program was started to ignore, as by nohup or a script's &, stays ignored."),
     ("not passed on", "CHLD, URG, PIPE, and TSTP, TTIN, TTOU, by which a shell stops this program; WINCH with --tty, which changes the terminal's size instead."),
     ("KILL, STOP", "Nobody can pass these on: vmcache kill sends them, as any other."),
     ("before there is a command", "One that ends a program ends this one, and a VM that was claimed for it."),
@@ -93,7 +95,8 @@ fn lifetime(page: &mut Roff) {
         page,
         [roman(
             "In a VM of run --keep whose command runs, exec joins it: what exec leaves in the \
-         background lives until that command ends. In any other VM, exec's command has processes \
+         background lives until that command ends, under exec's name in vmcache ps, and vmcache \
+         kill --exec reaches it (but what has made a session of its own). In any other VM, exec's command has processes \
          of its own, which end with it. An exec whose client was killed (SIGKILL) goes on in the \
          guest: the column EXEC of vmcache ps names it, and vmcache kill --exec ends it.",
         )],
