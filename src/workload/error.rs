@@ -45,6 +45,8 @@ pub enum Error {
     Stopped { vm: String, status: String },
     /// The guest's side of a copy does nothing any more, though its agent answers.
     Stalled { vm: String, after: Duration },
+    /// The VM has ended: its QEMU is gone.
+    Ended { vm: String },
     /// Somebody asked for a copy's end.
     Interrupted,
     /// The guest could not be had to write out its disks before the VM's end.
@@ -80,6 +82,10 @@ impl fmt::Display for Error {
             Error::NeedsRoot => f.write_str(
                 "the guest's agent is not vmcache's own, and runs commands only in a root that is \
                  brought along: use --rootfs DIR",
+            ),
+            Error::Ended { vm } => write!(
+                f,
+                "VM {vm} has ended: it was stopped, its guest shut down, or its QEMU was killed"
             ),
             Error::Silent { vm, after } => {
                 write!(f, "the guest of VM {vm} has not answered for {} s", after.as_secs())
@@ -124,12 +130,12 @@ fn does_not_fit(
     if !full.memory {
         return f.write_str(" on a disk of its own: make room, or use a larger image");
     }
-    write!(f, ", in a VM of {memory_mib} MiB: use one of more, ")?;
+    write!(f, ", in a VM of {memory_mib} MiB: claim one of more, by `get` or `run` ")?;
     match needs.and_then(|n| enough(n, full, memory_mib)) {
         Some(mib) => write!(f, "with `--memory {mib}`")?,
         None => f.write_str("with `--memory MIB`")?,
     }
-    f.write_str(", or bring it as a disk, with `--image FILE`")
+    f.write_str(", or bring it as a disk, by `run` with `--image FILE`")
 }
 
 /// A tenth more than what was measured needs: others write, too.

@@ -15,11 +15,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{bounded, Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{after, bounded, Receiver, RecvTimeoutError, Sender};
 
 use super::Error;
 use crate::agent::{self, Agent};
@@ -32,6 +33,10 @@ const PATIENCE: Patience =
     Patience { quiet: Duration::from_secs(15), probe: Duration::from_secs(10) };
 /// Answers that may be missed, one after the other, before it is given up.
 const MISSES: u32 = 2;
+/// How long a VM's end may take that has broken its agent's connection.
+const GOING: Duration = Duration::from_millis(500);
+/// Pause between looks whether it has ended.
+const LOOKING: Duration = Duration::from_millis(20);
 /// How long QEMU's monitor may take: it is QEMU's own loop, or another client has it.
 const MONITOR: Duration = Duration::from_secs(2);
 
@@ -185,7 +190,29 @@ impl Watched {
             Ok(_) | Err(agent::Error::Refused { .. }) => self.hear(),
             Err(_) => {}
         }
-        answer.map_err(|e| self.given_up().unwrap_or(Error::Agent(e)))
+        let gone = matches!(&answer, Err(agent::Error::Call { .. } | agent::Error::Connect { .. }))
+            && self.ended();
+        answer.map_err(|e| match self.given_up() {
+            Some(why) => why,
+            None if gone => Error::Ended { vm: self.vm.clone() },
+            None => Error::Agent(e),
+        })
+    }
+
+    /// Whether the VM's QEMU is gone: its monitor's socket is, or nobody listens on it. The
+    /// agent's connection may break a moment before.
+    fn ended(&self) -> bool {
+        let gone = |e: io::Error| {
+            matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        };
+        let deadline = Instant::now() + GOING;
+        while Instant::now() < deadline {
+            if UnixStream::connect(&self.monitor).is_err_and(gone) {
+                return true;
+            }
+            let _ = after(LOOKING).recv();
+        }
+        false
     }
 
     fn hear(&self) {

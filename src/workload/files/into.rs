@@ -54,7 +54,7 @@ pub fn send_root(guest: &Guest, source: &Path) -> Result<(), Error> {
     let side = Side::start(guest, &command)?;
     let ended = side.feed(&Stop::default(), &mut |out| {
         if directory {
-            let packed = tree::pack(source, Path::new(""), Sockets::Skip, out);
+            let packed = tree::pack_root(source, Sockets::Skip, out);
             if let Some(text) = packed.map_err(Error::Tree)?.complaint() {
                 log::warn!("{text}");
             }
@@ -192,9 +192,7 @@ fn result(guest: &Guest, ended: Ended, needs: Option<Needs>) -> Result<(), Error
     let Ended { code, text, full } = ended;
     match (code, full) {
         (0, _) => {
-            if !text.is_empty() {
-                log::warn!("{text}");
-            }
+            // Its side has told what was lost.
             Ok(())
         }
         (_, Some(full)) => {
