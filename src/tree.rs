@@ -51,7 +51,7 @@ mod target;
 #[cfg(feature = "host")]
 mod xz_window;
 
-pub use pack::{pack, Packed, Sockets};
+pub use pack::{pack, pack_root, Packed, Sockets};
 pub use refusal::Why;
 pub use unpack::{unpack, unpack_into, Unpacked};
 
@@ -126,6 +126,7 @@ impl fmt::Display for Error {
             Error::Socket { path } => {
                 write!(f, "pack {}: it is a socket, which cannot be copied", path.display())
             }
+            Error::Refused { name, why } if name.as_os_str().is_empty() => why.fmt(f),
             Error::Refused { name, why } => write!(f, "{}: {why}", name.display()),
             #[cfg(feature = "host")]
             Error::Stopped => f.write_str("interrupted"),

@@ -18,7 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::{major, minor, FileStat, SFlag};
+use nix::sys::stat::{fstat, major, minor, FileStat, SFlag};
 use nix::sys::statfs::{fstatfs, FsType};
 use tar::{Builder, EntryType, Header};
 use xattr::FileExt as _;
@@ -90,6 +90,20 @@ pub fn pack(
     }
     packer.builder.finish().map_err(&failed)?;
     Ok(packer.packed)
+}
+
+/// Writes a directory as a root file system: what it has, and itself, as `./`.
+///
+/// # Errors
+/// As [`pack`].
+pub fn pack_root(source: &Path, sockets: Sockets, out: &mut dyn Write) -> Result<Packed, Error> {
+    let failed = io_at("pack", source);
+    let mut builder = ManuallyDrop::new(Builder::new(&mut *out));
+    let dir = walk::open_named(source).map_err(&failed)?;
+    let seen = fstat(&dir).map_err(|e| failed(e.into()))?;
+    let mut header = header(&seen, EntryType::Directory);
+    builder.append_data(&mut header, "./", io::empty()).map_err(&failed)?;
+    pack(source, Path::new(""), sockets, out)
 }
 
 struct Packer<'a> {

@@ -284,6 +284,23 @@ impl Work {
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let make = || openat(dir, base, flags, Mode::S_IRUSR | Mode::S_IWUSR);
         let file = File::from(in_place_of((dir, base), make).map_err(|e| failed(e.into()))?);
+        let filled = self.fill(entry, reader, &file, name);
+        if filled.is_err() {
+            // It is whole, or it is not there.
+            let _ = unlinkat(dir, base, UnlinkatFlags::NoRemoveDir);
+        }
+        filled?;
+        meta.give(&file, name, &mut self.lost)
+    }
+
+    fn fill(
+        &mut self,
+        entry: &Entry,
+        reader: &mut Reader<'_>,
+        file: &File,
+        name: &Path,
+    ) -> Result<(), Error> {
+        let failed = |e: std::io::Error| io_at("unpack", name)(e);
         for piece in &entry.pieces {
             let (mut at, mut left) = (piece.offset, piece.length);
             while left > 0 {
@@ -301,7 +318,7 @@ impl Work {
         if written.map_or(0, |piece| piece.offset + piece.length) < entry.size {
             file.set_len(entry.size).map_err(failed)?;
         }
-        meta.give(&file, name, &mut self.lost)
+        Ok(())
     }
 
     /// Another name of what came before: a file, a link, a device.
