@@ -511,8 +511,10 @@ fn files_that_are_passed_hold_up_nobody() {
         let longest = held_up(walls_down, &prepared);
         assert!(longest < Duration::from_secs(2), "{walls_down:?}: {longest:?}");
     }
-    let longest = held_up("rights,files", &prepared);
-    assert!(longest > Duration::from_secs(2), "without walls: {longest:?}");
+    // Which opening is the last is the kernel's to say: one of three is the server's.
+    let mut attempts = (0..3).map(|_| held_up("rights,files", &prepared));
+    let longest = attempts.find(|longest| *longest > Duration::from_secs(2));
+    assert!(longest.is_some(), "without walls nobody is held up");
 }
 
 /// Numbers of connections are used again; who is behind one is not confused with who was.

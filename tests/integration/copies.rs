@@ -319,6 +319,12 @@ fn streams(pair: &Pair<'_>) {
         let err = text(&out.stderr);
         assert!(out.status.code() == Some(1) && err.contains(why), "{path}: {err}");
     }
+    fs::write(into.join("big"), vec![b'b'; 200_000]).unwrap();
+    // One that is cut leaves no half file.
+    let cut =
+        feed(d.command(&["cp", "-", &pair.there("t/dir9")]), &tar(&["c", "big"], b"")[..90_000]);
+    assert_eq!(cut.status.code(), Some(1), "{}", text(&cut.stderr));
+    assert_eq!(pair.sh("ls /root/c/t/dir9/big 2>&1 | grep -c 'No such file'"), "1\n");
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
     let out = d.command(&["cp", &pair.there("src/d"), "-"]).stdout(full).output().unwrap();
     let err = text(&out.stderr);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{self, SigHandler, Signal};
 use serde_json::Value;
 
 #[path = "overdue.rs"]
@@ -265,6 +266,16 @@ impl Daemon {
         // As the server's user: a configuration and a store of that user's are not root's to use.
         let mut c = of_user(&self.server, &self.config);
         c.args(args);
+        // Whoever runs the tests may have them ignore some: nohup, a shell's `&`.
+        // SAFETY: a system call for each signal, and nothing else.
+        unsafe {
+            c.pre_exec(|| {
+                for signal in Signal::iterator() {
+                    let _ = signal::signal(signal, SigHandler::SigDfl);
+                }
+                Ok(())
+            });
+        }
         c
     }
 

@@ -1,5 +1,7 @@
 //! A Debian made by debootstrap, as a directory and as a tar.
 
+use std::process::Command;
+
 use crate::daemon::{assert_nothing_left, text, Daemon, Options};
 use crate::require_qemu;
 
@@ -35,6 +37,18 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
         let want: Vec<&str> = want.into_iter().chain(["0", "device", "1", &changed]).collect();
         assert_eq!(lines, want, "{root}: {}", text(&out.stderr));
         d.wait_ready(1);
+    }
+    // The root itself is as it was, too.
+    let small = d.dir.0.join("small");
+    let made = "mkdir -p small/bin; cp $(command -v busybox) small/bin/; chmod 711 small; \
+                chown 7:8 small; tar -C small -cf small.tar .";
+    let made = Command::new("sh").args(["-ec", made]).current_dir(&d.dir.0).status().unwrap();
+    assert!(made.success());
+    for root in [small.clone(), small.with_extension("tar")] {
+        d.wait_ready(1);
+        let command = ["/bin/busybox", "stat", "-c", "%a %u:%g", "/"];
+        let run = ["run", "--rootfs", root.to_str().unwrap(), "--"];
+        assert_eq!(d.ok(&[&run[..], &command].concat()), "711 7:8\n", "{root:?}");
     }
     let out = d.output(&["run", "--rootfs", "/nonexistent", "--", "true"]);
     assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));

@@ -1,10 +1,12 @@
 //! Signals of `run`, `exec` and `kill`, starts that fail, and limits of time.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::libc::{self, SIGRTMAX, SIGRTMIN};
+use nix::sys::signal::{self, SigHandler, Signal};
 
 use vmcache::workload;
 
@@ -146,6 +148,83 @@ fn kill_stops_lets_go_on_and_ends_what_a_killed_exec_left() {
     assert_nothing_left(&d.quit().0);
 }
 
+/// In a running container, where a process that is left is taken over by another's init.
+#[test]
+fn what_a_joined_exec_leaves_is_listed_by_its_name_and_can_be_ended() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let mut main = d
+        .command(&["run", "--keep", "--", "sh", "-c", "echo up; exec sleep 4321"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert_eq!(line(&mut BufReader::new(main.stdout.take().unwrap())), "up");
+    let listed: serde_json::Value = serde_json::from_str(&d.ok(&["list", "--json"])).unwrap();
+    let id = listed[0]["id"].as_str().unwrap().to_string();
+    // Its time is over, and a child of its has its streams.
+    let script = "echo out; sleep 77 & sleep 78";
+    let out = d.output(&["exec", "--timeout", "1", &id, "--", "sh", "-c", script]);
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(124), "out\n".into()));
+    let rows = || -> Vec<serde_json::Value> {
+        serde_json::from_str(&d.ok(&["ps", &id, "--json"])).unwrap()
+    };
+    let exec = |rows: &[serde_json::Value], command: &str| {
+        let row = rows.iter().find(|row| row["command"] == command)?;
+        Some(row["exec"].as_str().unwrap().to_string())
+    };
+    let seen = rows();
+    let (name, first) = (exec(&seen, "sleep 77").unwrap(), exec(&seen, "sleep 4321").unwrap());
+    assert!(name.starts_with("exec-") && first == "main", "{seen:?}");
+    assert_eq!(exec(&seen, "sleep 78"), None);
+    d.ok(&["kill", &id, "--exec", &name]);
+    wait_for("its end", || exec(&rows(), "sleep 77").is_none());
+    let again = d.output(&["kill", &id, "--exec", &name]);
+    assert_eq!(again.status.code(), Some(1), "{}", text(&again.stderr));
+    // One that has ended in time has its own code: nothing of it was lost.
+    let script = "echo out; sleep 79 & exit 3";
+    let out = d.output(&["exec", "--timeout", "2", &id, "--", "sh", "-c", script]);
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(3), "out\n".into()));
+    // Whoever waits for a command hears that the VM has ended.
+    d.ok(&["stop", &id]);
+    assert_eq!(wait_child(&mut main).code(), Some(125));
+    assert_nothing_left(&d.quit().0);
+}
+
+#[test]
+fn what_is_ignored_stays_so_and_a_vms_end_is_told() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 1));
+    let id = d.ok(&["get"]).trim().to_string();
+    // None is ignored in the guest, the C library's own included.
+    let ignored = d.ok(&["exec", &id, "--", "grep", "SigIgn", "/proc/self/status"]);
+    assert_eq!(ignored, "SigIgn:\t0000000000000000\n");
+    let mut command = d.command(&["exec", &id, "--", "sh", "-c", "echo up; read line; exit 3"]);
+    // SAFETY: a system call.
+    unsafe {
+        command.pre_exec(|| {
+            let _ = signal::signal(Signal::SIGHUP, SigHandler::SigIgn);
+            let _ = signal::signal(Signal::SIGINT, SigHandler::SigIgn);
+            Ok(())
+        });
+    }
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    assert_eq!(line(&mut BufReader::new(child.stdout.take().unwrap())), "up");
+    send(child.id(), libc::SIGHUP);
+    send(child.id(), libc::SIGINT);
+    drop(child.stdin.take());
+    assert_eq!(wait_child(&mut child).code(), Some(3));
+
+    let mut command = d.command(&["exec", &id, "--", "sh", "-c", "echo up; sleep 1000"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    assert_eq!(line(&mut BufReader::new(child.stdout.take().unwrap())), "up");
+    d.ok(&["stop", &id]);
+    let out = child.wait_with_output().unwrap();
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains(&format!("VM {id} has ended")), "{err}");
+    assert_nothing_left(&d.quit().0);
+}
+
 #[test]
 fn a_start_is_answered_after_execve() {
     let _prepared = require_qemu!();
@@ -178,31 +257,43 @@ fn what_cannot_be_executed_is_an_error_of_its_start() {
     let d = Daemon::start(&Options::pool(&prepared, 1));
     let id = d.ok(&["get"]).trim().to_string();
     let make = "cd /tmp; printf '#!/nosuch/interpreter\\n' > lost; echo garbage > garbage; \
-                printf '\\177ELF' > torn; chmod +x *; touch data; mkdir dir; mkdir -m 700 closed; \
+                printf '\\177ELF' > torn; chmod +x *; touch data; mkdir dir; mkdir -m 700 closed; ln -s loop loop; \
                 sleep 0";
     d.ok(&["exec", &id, "--", "sh", "-c", make]);
     for (program, ends, says) in [
         ("nosuch", 127, "command not found"),
         ("/tmp/nosuch", 127, "no such file"),
-        ("/tmp/lost", 127, "interpreter or loader is not in the guest"),
+        ("/tmp/lost", 127, "/nosuch/interpreter is not in the guest"),
         ("/tmp/garbage", 126, "neither a program of this machine nor a script"),
         ("/tmp/torn", 126, "os error 8"),
         ("/tmp/data", 126, "not executable"),
         ("/tmp/dir", 126, "not executable"),
-        ("/tmp/garbage/x", 127, "no such file"),
-        ("", 125, "no program to run"),
+        ("/tmp/garbage/x", 126, "os error 20"),
+        ("/tmp/loop", 126, "os error 40"),
+        ("", 127, "name is empty"),
+        (&"a".repeat(70_000), 127, "command not found"),
+        (&format!("/{}", "a".repeat(100_000)), 126, "os error 36"),
         ("/tmp/closed/x", 126, "not executable"),
     ] {
         let user = if program.contains("closed") { "5" } else { "0" };
         let out = d.output(&["exec", "-u", user, &id, "--", program]);
         let err = text(&out.stderr);
+        let program = program.get(..20).unwrap_or(program);
         assert_eq!(out.status.code(), Some(ends), "{program}: {err}");
         assert!(err.contains(says) && err.trim().lines().count() == 1, "{program}: {err:?}");
+        assert!(err.len() < 5000, "{program}: {} bytes", err.len());
     }
     // What is not the program's fault has another code than a program's.
     let out = d.output(&["exec", "-w", "/nosuch", &id, "--", "true"]);
     let err = text(&out.stderr);
     assert!(out.status.code() == Some(125) && err.contains("/nosuch"), "{err}");
+    for option in ["-w", "-u"] {
+        let long = format!("/{}", "a".repeat(100_000));
+        let out = d.output(&["exec", option, &long, &id, "--", "true"]);
+        assert_eq!(out.status.code(), Some(125), "{option}: {}", text(&out.stderr));
+    }
+    let ps = d.ok(&["ps", &id]);
+    assert!(!ps.contains(" stage "), "{ps}");
     let out = d.output(&["kill", &id, "--exec", ""]);
     assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
     // None of them leaves a container.
