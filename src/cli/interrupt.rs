@@ -8,6 +8,7 @@ use crossbeam_channel::after;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::output::{Failure, FAILED};
+use crate::sys::signal::is_ignored;
 use crate::tree::Stop;
 use crate::worker::Worker;
 
@@ -27,7 +28,9 @@ impl Interrupt {
     /// Takes the signals over; before any other thread is started.
     pub fn take() -> Result<Interrupt, Failure> {
         let failed = |e: String| Failure::new(FAILED, format!("take signals: {e}"));
-        let signals: SigSet = ENDING.into_iter().collect();
+        // What is ignored stays so, as by any program.
+        let caught = ENDING.into_iter().filter(|signal| !is_ignored(*signal as i32));
+        let signals: SigSet = caught.collect();
         signals.thread_block().map_err(|e| failed(e.to_string()))?;
         let taken = Interrupt { stop: Arc::default(), came: Arc::default() };
         let (stop, came) = (Arc::clone(&taken.stop), Arc::clone(&taken.came));

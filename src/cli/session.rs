@@ -15,7 +15,7 @@ use crossbeam_channel::{after, at, bounded, never, select, Receiver, Sender};
 use super::output::{Failure, FAILED, IN_VMCACHE, TIMED_OUT};
 use super::print;
 use super::run::exit_code;
-use super::streams::{carry_input, carry_output, Carried, Output};
+use super::streams::{carry_input, carry_output, Carried, Output, QUIET};
 use super::terminal::{size, Terminal};
 use crate::sys::process::{pidfd_kill, pidfd_wait};
 use crate::sys::signal::{
@@ -50,8 +50,8 @@ const STARTING: Duration = Duration::from_secs(2);
 const INSISTING: Duration = Duration::from_secs(1);
 /// How long before a command's end such a signal counts as its reason.
 const RECENT: Duration = Duration::from_secs(10);
-/// Exit codes from here on are signals'.
-const SIGNALLED: i32 = 129;
+/// Exit codes of those that a signal ended.
+const SIGNALLED: std::ops::RangeInclusive<i32> = 129..=192;
 /// Outputs of a process.
 const OUTPUTS: usize = 2;
 
@@ -272,6 +272,8 @@ struct Attended<'a> {
 #[derive(Default)]
 struct Known {
     status: Option<i32>,
+    /// When that came.
+    since: Option<Instant>,
     /// Outputs that are at their end.
     outputs: usize,
     /// What did not arrive, the first of it.
@@ -299,12 +301,13 @@ impl Known {
         self.lost.get_or_insert(text);
     }
 
-    /// Its end is known, and nobody takes the rest of its output. One that a signal ended
-    /// says by its exit code that there may be more; where there was none for a while, what
-    /// still may write it is not the command.
+    /// Its end is known, and nobody takes the rest of its output. One that was ended from
+    /// here says by its exit code that there may be more; where there was none for a while,
+    /// what still may write it is not the command.
     fn cut_off(&mut self, quiet: bool) {
-        let ended = self.status.is_some_and(|status| status < SIGNALLED);
-        if self.outputs < OUTPUTS && ended && !quiet {
+        let sent = self.ending.is_some() || self.timed_out;
+        let by_us = sent && self.status.is_some_and(|status| SIGNALLED.contains(&status));
+        if self.outputs < OUTPUTS && self.status.is_some() && !by_us && !quiet {
             self.lose("the command has ended, and the rest of its output was not taken".into());
         }
     }
@@ -359,6 +362,7 @@ impl Attended<'_> {
                     end = never();
                     let panicked = |_| Failure::new(FAILED, "the waiting thread panicked");
                     known.status = Some(answer.map_err(panicked)??);
+                    known.since = Some(Instant::now());
                     known.give_up = known.give_up.filter(|_| known.timed_out);
                     if known.ending.is_some_and(|sent| sent.elapsed() < RECENT) {
                         // Who reads its output may never go on.
@@ -375,6 +379,11 @@ impl Attended<'_> {
                 }
                 recv(late) -> _ => {
                     self.limit = None;
+                    // What it wrote last may come after its end.
+                    if let Some(soon) = known.since.map(|t| t + QUIET).filter(|t| *t > Instant::now()) {
+                        self.limit = Some(soon);
+                        continue;
+                    }
                     if known.status.is_some() {
                         // Others hold its streams; they have had their time.
                         known.cut_off(quiet());

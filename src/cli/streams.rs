@@ -37,7 +37,7 @@ const CHUNK: usize = 256 * 1024;
 const IN_BACKGROUND: Duration = Duration::from_millis(250);
 
 /// A guest that has bytes answers sooner.
-const QUIET: Duration = Duration::from_secs(1);
+pub const QUIET: Duration = Duration::from_secs(1);
 
 /// How carrying a stream ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg, Termios};
+use nix::unistd::{getpgrp, tcgetpgrp};
 
 use super::output::{Failure, FAILED, USAGE};
 use crate::sys::terminal::window_size;
@@ -43,9 +44,11 @@ impl Terminal {
         Ok(Raw { before: self.before.clone() })
     }
 
-    /// Makes it raw again, after a shell has had it.
+    /// Makes it raw again, after a shell has had it; not while another job has it.
     pub fn again(&self) {
-        let _ = self.set_raw();
+        if tcgetpgrp(io::stdin()).is_ok_and(|front| front == getpgrp()) {
+            let _ = self.set_raw();
+        }
     }
 
     fn set_raw(&self) -> nix::Result<()> {

@@ -108,7 +108,8 @@ fn mounts() -> Outcome<()> {
     let table: [(&str, &str, MsFlags, Option<&str>); 5] = [
         ("proc", "/proc", safe, None),
         ("sysfs", "/sys", safe, None),
-        ("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")),
+        // Nodes, and no files: those could take half of the memory once more.
+        ("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755,size=4m")),
         (
             "devpts",
             "/dev/pts",

@@ -30,7 +30,7 @@ use super::stage::{has_small_init, heard, run_pipe, INIT};
 use super::{storage, CONTAINERS};
 use crate::proto::agent::Storage;
 use crate::proto::oci::{self, Spec};
-use crate::sys::process::{parent, session, start_time};
+use crate::sys::process::{parent, start_time};
 
 /// How long RemoveContainer waits for killed processes when no time is given.
 const REMOVE_WAIT: Duration = Duration::from_secs(10);
@@ -238,16 +238,6 @@ impl Container {
         let (process, pipe) = self.stage(&name, &spec)?;
         self.processes.insert(exec_id.to_string(), Arc::clone(&process));
         Ok(Starting { pipe, process, cgroup: self.cgroup.clone(), init: false })
-    }
-
-    /// What a process that has ended left running in the container: what is of its session
-    /// still. Nothing where somebody else has its pid now.
-    pub fn left_by(&self, ended: &Process) -> Vec<i32> {
-        if ended.running() || start_time(ended.pid).is_some() {
-            return Vec::new();
-        }
-        let pids = self.cgroup.pids().into_iter();
-        pids.filter(|pid| session(*pid) == Some(ended.pid)).collect()
     }
 
     /// Runs a stage (see [`super::stage`]) to its end and takes its child over; where

@@ -22,6 +22,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::pipe2;
 
 use super::failure::{Attempt, Failure, Outcome};
+use super::listing::everything;
 use super::reaper::Child;
 use crate::sys::process::{pidfd_kill, pidfd_open, session};
 use crate::sys::terminal::set_window_size;
@@ -86,6 +87,9 @@ pub struct Process {
     ends: Ends,
     code: Mutex<Option<i32>>,
     ended: Condvar,
+    /// Whether there may be what it left running, of its session. Once there was nothing,
+    /// its pid may be a stranger's.
+    left: AtomicBool,
 }
 
 fn reading(file: impl Into<File>) -> Outcome<Reading> {
@@ -142,6 +146,11 @@ fn set_close_on_exec(fd: BorrowedFd<'_>) -> Outcome<()> {
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).during(|| "set close-on-exec").map(|_| ())
 }
 
+/// These processes with their sessions.
+pub fn sessions(pids: Vec<i32>) -> Vec<(i32, i32)> {
+    pids.into_iter().filter_map(|pid| Some((pid, session(pid)?))).collect()
+}
+
 impl Process {
     /// Takes over a child that runs as `pid`.
     pub fn adopt(pid: i32, ends: Ends) -> Outcome<Arc<Process>> {
@@ -158,6 +167,7 @@ impl Process {
             ends,
             code: Mutex::new(None),
             ended: Condvar::new(),
+            left: AtomicBool::new(true),
         });
         let waiter = Arc::clone(&process);
         thread::Builder::new()
@@ -167,6 +177,7 @@ impl Process {
                 let code = child.wait();
                 *lock(&waiter.code) = Some(code);
                 waiter.ended.notify_all();
+                waiter.forget(&sessions(everything()));
                 // Its record may stay for long; files are few.
                 *lock(&waiter.program) = None;
                 drop(lock(&waiter.ends.stdin).take());
@@ -211,6 +222,23 @@ impl Process {
         }
     }
 
+    /// What it left running of these processes and their sessions; nothing while it runs.
+    pub fn left_of(&self, all: &[(i32, i32)]) -> Vec<i32> {
+        if self.running() || !self.left.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
+        self.forget(all);
+        all.iter().filter(|(_, session)| *session == self.pid).map(|(pid, _)| *pid).collect()
+    }
+
+    /// Notes when there is nothing that it left, or its pid is somebody else's.
+    fn forget(&self, all: &[(i32, i32)]) {
+        let others = all.iter().any(|(pid, _)| *pid == self.pid);
+        if others || !all.iter().any(|(_, session)| *session == self.pid) {
+            self.left.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// Sends a signal to one of its session that it left running; whether it was sent.
     pub fn signal_left(&self, pid: i32, number: u32) -> bool {
         let Ok(number) = i32::try_from(number) else { return false };
@@ -227,7 +255,15 @@ impl Process {
         let Some(file) = stdin.as_mut() else {
             return Err(Failure::not_found(format!("stdin of process {} is closed", self.pid)));
         };
-        file.write_all(data).during(|| format!("write to stdin of process {}", self.pid))?;
+        let written = file.write_all(data);
+        // The process reads no more: closed pipes, and a terminal whose last user is gone.
+        let gone = |e: &io::Error| {
+            e.kind() == io::ErrorKind::BrokenPipe || e.raw_os_error() == Some(Errno::EIO as i32)
+        };
+        if let Some(e) = written.as_ref().err().filter(|e| gone(e)) {
+            return Err(Failure::not_found(format!("write to stdin of process {}: {e}", self.pid)));
+        }
+        written.during(|| format!("write to stdin of process {}", self.pid))?;
         if let Some(last) = data.last() {
             self.ends.at_line.store(*last == b'\n', Ordering::Relaxed);
         }

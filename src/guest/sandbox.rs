@@ -13,7 +13,7 @@ use nix::unistd::sethostname;
 
 use super::container::Container;
 use super::failure::{Attempt, Failure, Outcome};
-use super::process::Process;
+use super::process::{sessions, Process};
 use super::{hosts, storage};
 use crate::proto::agent::{CreateContainerRequest, CreateSandboxRequest};
 use crate::proto::oci;
@@ -175,9 +175,10 @@ impl Sandbox {
         for (id, container) in containers {
             // One in which something is being made is not waited for: it is missing here.
             let Ok(container) = container.try_lock() else { continue };
+            let there = sessions(container.cgroup.pids());
             for (name, process) in &container.processes {
                 // Of one that has ended, what it left running.
-                if process.running() || !container.left_by(process).is_empty() {
+                if process.running() || !process.left_of(&there).is_empty() {
                     all.push((id.clone(), name.clone(), process.pid));
                 }
             }
@@ -194,7 +195,8 @@ impl Sandbox {
             done => return done,
         };
         let container = self.container(id)?;
-        let left = lock(&container).left_by(&process);
+        let there = lock(&container).cgroup.pids();
+        let left = process.left_of(&sessions(there));
         let sent = left.into_iter().filter(|pid| process.signal_left(*pid, number));
         match sent.count() {
             0 => Err(ended),

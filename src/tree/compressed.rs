@@ -14,6 +14,7 @@ use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
+use super::reader::is_header;
 use super::xz_window::Watched;
 
 /// Most bytes that a decompressor looks back: twice as many as `xz -9`, as many as
@@ -21,8 +22,8 @@ use super::xz_window::Watched;
 pub const MAX_WINDOW: u64 = 128 << 20;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 * 1024;
-/// Bytes by which a format is known.
-const MAGIC: usize = 6;
+/// Bytes by which a format is known: a tar's first block.
+const MAGIC: usize = 512;
 /// The longest header of a zstd frame, with its magic number.
 const ZSTD_HEADER: usize = 18;
 
@@ -56,6 +57,8 @@ impl Format {
             ))
         };
         match first {
+            // Its first name may begin as anything.
+            _ if is_header(first) => Ok(Format::Plain),
             [0x1f, 0x8b, ..] => Ok(Format::Gzip),
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Ok(Format::Xz),
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Format::Zstd),
@@ -242,17 +245,29 @@ impl Read for Decompressed<'_> {
 /// Whether another part follows; zeros before it, or at the end, are what fills a medium's
 /// last block.
 fn more(source: &mut Source<'_>, magic: &[u8]) -> io::Result<bool> {
+    match skip_zeros(source)? {
+        None => Ok(false),
+        Some(first) if first == magic[0] => Ok(true),
+        Some(_) => Err(io::Error::other("something else follows its end")),
+    }
+}
+
+/// The first byte that is none, if there is one; it is not taken.
+fn skip_zeros(source: &mut Source<'_>) -> io::Result<Option<u8>> {
     loop {
-        let bytes = source.fill_buf()?;
+        let bytes = match source.fill_buf() {
+            // Once a part has ended, nobody could begin here again.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
         if bytes.is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
         let zeros = bytes.iter().take_while(|b| **b == 0).count();
-        if zeros == 0 {
-            return match bytes[0] == magic[0] {
-                true => Ok(true),
-                false => Err(io::Error::other("something else follows its end")),
-            };
+        if let Some(first) = bytes.get(zeros) {
+            let first = *first;
+            source.consume(zeros);
+            return Ok(Some(first));
         }
         source.consume(zeros);
     }
@@ -260,11 +275,10 @@ fn more(source: &mut Source<'_>, magic: &[u8]) -> io::Result<bool> {
 
 /// The next frame of zstd's that is none to be skipped.
 fn frame(mut source: Source<'_>) -> io::Result<Option<StreamingDecoder<Source<'_>, FrameDecoder>>> {
-    loop {
+    while skip_zeros(&mut source)?.is_some() {
         let mut header = Vec::new();
         (&mut source).take(4).read_to_end(&mut header)?;
         let magic = match header[..] {
-            [] => return Ok(None),
             [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
             _ => return Err(io::ErrorKind::UnexpectedEof.into()),
         };
@@ -288,13 +302,10 @@ fn frame(mut source: Source<'_>) -> io::Result<Option<StreamingDecoder<Source<'_
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
             }
-            0 => match more(&mut source, &[0x28])? {
-                true => {}
-                false => return Ok(None),
-            },
             _ => return Err(io::Error::other("something else follows its end")),
         }
     }
+    Ok(None)
 }
 
 /// A source with bytes before what it still has.

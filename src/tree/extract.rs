@@ -25,6 +25,8 @@ use std::path::Path;
 
 use nix::sys::stat::{fchmod, fstat, makedev, mknodat, Mode, SFlag};
 
+use nix::sys::time::TimeSpec;
+
 use super::budget::{room, Budget};
 use super::inode::{Lost, Meta};
 use super::naming::Allowed;
@@ -97,13 +99,15 @@ impl Policy {
 
     /// What of an entry's inode comes.
     fn meta(&self, entry: &Entry) -> Result<Meta, Why> {
-        let whole = Meta::of(entry)?;
-        Ok(match self.archive {
-            true => whole,
-            false => {
-                Meta { mode: entry.mode & PERMISSIONS, owner: None, attributes: vec![], ..whole }
-            }
-        })
+        match self.archive {
+            true => Meta::of(entry),
+            false => Ok(Meta {
+                mode: entry.mode & PERMISSIONS,
+                owner: None,
+                changed: TimeSpec::new(entry.changed.0, entry.changed.1.into()),
+                attributes: Vec::new(),
+            }),
+        }
     }
 
     /// Whether it may be of that kind: a guest says what it is, and this host has looked at

@@ -11,6 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::sys::stat::{fchmod, fchmodat, futimens, utimensat, FchmodatFlags, Mode, UtimensatFlags};
 use nix::sys::time::TimeSpec;
@@ -105,7 +106,11 @@ impl Meta {
             attribute(set, path, key, lost)?;
         }
         let flags = UtimensatFlags::NoFollowSymlink;
-        utimensat(dir, base, &self.changed, &self.changed, flags).map_err(failed)
+        match utimensat(dir, base, &self.changed, &self.changed, flags) {
+            // Some file systems have no times of links.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) if link => Ok(()),
+            done => done.map_err(failed),
+        }
     }
 }
 

@@ -45,15 +45,14 @@ impl Needs {
     }
 }
 
-/// Looks at a file, or a directory and all that is in it on the same file system; `top` says
-/// whether `source` itself counts.
+/// Looks at a file, or a directory and all that is in it, other file systems too, as `pack`
+/// does; `top` says whether `source` itself counts.
 pub fn measure(source: &Path, top: bool) -> Needs {
     let mut needs = Needs::default();
     let mut seen = HashSet::new();
     let Ok(meta) = (if top { source.symlink_metadata() } else { source.metadata() }) else {
         return needs;
     };
-    let device = meta.dev();
     let mut left: Vec<(PathBuf, usize)> = Vec::new();
     let mut count = |path: &Path, meta: &fs::Metadata, depth: usize, top: bool| {
         let file = meta.is_file();
@@ -64,7 +63,7 @@ pub fn measure(source: &Path, top: bool) -> Needs {
             let held = meta.blocks().saturating_mul(512);
             needs.add(if file { meta.len().min(held.max(1)) } else { 0 });
         }
-        let enter = meta.is_dir() && meta.dev() == device && depth < MAX_DEPTH;
+        let enter = meta.is_dir() && depth < MAX_DEPTH;
         enter.then(|| (path.to_path_buf(), depth + 1))
     };
     left.extend(count(source, &meta, 0, top));

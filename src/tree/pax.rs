@@ -75,6 +75,17 @@ impl Records {
     }
 }
 
+/// A record as it is written.
+pub fn record(key: &str, value: &[u8]) -> Vec<u8> {
+    let rest = key.len() + value.len() + b" =\n".len();
+    // The length counts its own digits.
+    let mut length = rest + 1;
+    while length != rest + length.to_string().len() {
+        length += 1;
+    }
+    [length.to_string().as_bytes(), b" ", key.as_bytes(), b"=", value, b"\n"].concat()
+}
+
 /// A decimal number and nothing else.
 pub fn decimal(text: &[u8]) -> Option<u64> {
     let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
@@ -110,6 +121,15 @@ mod tests {
 
     fn parse(text: &[u8]) -> Result<Records, String> {
         Records::parse(text.to_vec())
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for length in [0, 1, 87, 88, 89, 90, 985, 986, 987, 988] {
+            let value = vec![b'v'; length];
+            let records = Records::parse(record("mtime", &value)).unwrap();
+            assert_eq!(records.all().next(), Some((&b"mtime"[..], &value[..])), "{length}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@
 use std::io::{self, Read};
 use std::path::PathBuf;
 
-use super::pax::Records;
+use super::pax::{record, Records};
 use super::sparse::{self, in_pax, InPax, Listed, Piece, BLOCK, MAX_PIECES};
 use super::{Error, Why, MAX_NAMES};
 
@@ -291,11 +291,11 @@ impl<'a> Reader<'a> {
     }
 
     /// A guest's global header may tell, but not change what follows: what it changes is
-    /// read in more than one way. Of who is trusted it gives owners, times and attributes,
-    /// until the next one, as to GNU tar; one name or size for all is nobody's wish.
+    /// read in more than one way. Of who is trusted it gives owners and times, until the next
+    /// one, as to GNU tar; one name or size for all is nobody's wish.
     fn global(&mut self, size: u64) -> Result<(), Error> {
         let text = self.text(size)?;
-        let records = Records::parse(text.clone()).map_err(|why| malformed(b"", why))?;
+        let records = Records::parse(text).map_err(|why| malformed(b"", why))?;
         let trusting = self.trusting;
         let changes = |key: &[u8]| {
             let of_each = matches!(key, b"path" | b"linkpath" | b"size");
@@ -305,7 +305,9 @@ impl<'a> Reader<'a> {
             of_each || key.starts_with(b"GNU.sparse.") || (of_all && !trusting)
         };
         if trusting {
-            self.global = records.text().to_vec();
+            let of_all = ["uid", "gid", "mtime"].map(|key| Some((key, records.last(key)?)));
+            let of_all = of_all.into_iter().flatten();
+            self.global = of_all.flat_map(|(key, value)| record(key, value)).collect();
         }
         let found = records.all().find(|(key, _)| changes(key));
         match found {
@@ -436,6 +438,13 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
+
+/// Whether a block is an entry's, by its sum.
+#[cfg(feature = "host")]
+pub fn is_header(block: &[u8]) -> bool {
+    let block: Option<&[u8; SIZE]> = block.get(..SIZE).and_then(|b| b.try_into().ok());
+    block.is_some_and(|block| block[0] != 0 && Header { block }.check().is_ok())
 }
 
 /// The header's own fields.

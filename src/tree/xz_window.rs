@@ -106,7 +106,8 @@ impl<R: Read> Watched<R> {
                     self.chunks = 0;
                     (At::Control, 1)
                 }
-                None => (At::Rest, 0),
+                // Nobody would watch what the decompressor makes of it.
+                None => return Err(io::Error::other("a block whose filters are not understood")),
             },
             At::Control => {
                 self.chunks += 1;
@@ -172,10 +173,15 @@ fn dictionary(header: &[u8]) -> Option<u64> {
             number(&mut rest)?;
         }
     }
-    for _ in 0..=flags & 3 {
+    let last = flags & 3;
+    for filter in 0..=last {
         let (id, size) = (number(&mut rest)?, number(&mut rest)?);
         let properties = rest.get(..usize::try_from(size).ok()?)?;
         rest = &rest[properties.len()..];
+        // Each would have a window of its own; only the last one may be, as xz has it.
+        if id == LZMA2 && filter != last {
+            return None;
+        }
         if id == LZMA2 {
             let bits = u32::from(*properties.first()?);
             return match bits {

@@ -129,7 +129,7 @@ impl Command {
 
     /// Its OCI form, with a root in the guest. The VM is what isolates, so the
     /// container has all capabilities.
-    pub(super) fn spec(&self, root: &str) -> Spec {
+    pub(super) fn spec(&self, root: &str, memory_mib: u32) -> Spec {
         let namespace = |kind: &str| LinuxNamespace { Type: kind.into(), ..Default::default() };
         let linux = Linux {
             Namespaces: ["pid", "mount", "uts", "ipc"].into_iter().map(namespace).collect(),
@@ -139,7 +139,7 @@ impl Command {
             Version: "1.0.2".into(),
             Process: Some(self.process()).into(),
             Root: Some(Root { Path: root.into(), ..Root::default() }).into(),
-            Mounts: mounts(root == "/"),
+            Mounts: mounts(root == "/", memory_mib),
             Linux: Some(linux).into(),
             ..Spec::default()
         };
@@ -148,14 +148,19 @@ impl Command {
     }
 }
 
+/// Largest /dev/shm, as docker's, MiB.
+const MAX_SHM: u32 = 64;
+
 /// The guest's own root has everything but a /proc of the new pid namespace;
-/// any other needs it all.
-fn mounts(own: bool) -> Vec<Mount> {
+/// any other needs it all. Half of the memory is a root's: what is mounted on it is small
+/// enough for the VM to live when all of it is full.
+fn mounts(own: bool, memory_mib: u32) -> Vec<Mount> {
+    let shm = format!("nosuid,noexec,nodev,mode=1777,size={}m", (memory_mib / 8).clamp(4, MAX_SHM));
     let all = [
         ("/proc", "proc", "nosuid,noexec,nodev"),
-        ("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
+        ("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=4m"),
         ("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
-        ("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777,size=65536k"),
+        ("/dev/shm", "tmpfs", shm.as_str()),
         ("/sys", "sysfs", "nosuid,noexec,nodev"),
         ("/sys/fs/cgroup", "cgroup2", "nosuid,noexec,nodev,relatime"),
     ];
@@ -178,7 +183,7 @@ mod tests {
     #[test]
     fn a_command_becomes_a_spec() {
         let c = Command::new("ls").arg("-l").env("A", "b").workdir("/tmp").user("1:2");
-        let spec = c.terminal(24, 80).spec("/r");
+        let spec = c.terminal(24, 80).spec("/r", 256);
         let p = spec.Process.unwrap();
         assert_eq!(p.Args, ["ls", "-l"]);
         assert!(p.Env.contains(&"A=b".to_string()) && p.Env[0].starts_with("PATH="));
@@ -186,7 +191,7 @@ mod tests {
         assert_eq!((p.Cwd.as_str(), p.User.Username.as_str()), ("/tmp", "1:2"));
         assert_eq!(p.ConsoleSize.Width, 80);
         assert_eq!(spec.Mounts.len(), 6);
-        let plain = Command::new("x").spec("/");
+        let plain = Command::new("x").spec("/", 256);
         assert_eq!(plain.Mounts.len(), 1);
         assert_eq!(plain.Process.User.Username, "0");
     }

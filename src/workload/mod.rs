@@ -208,7 +208,7 @@ impl Guest {
         command.check()?;
         self.rooted(note)?;
         self.start_sandbox()?;
-        let mut spec = command.spec(&note.root);
+        let mut spec = command.spec(&note.root, self.vm.memory_mib());
         if note.resolvers {
             spec.Mounts.push(attached::resolvers_mount());
         }

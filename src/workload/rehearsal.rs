@@ -31,7 +31,7 @@ pub fn run(agent: &dyn Agent) -> Result<(), Error> {
     agent.create_container(CreateContainerRequest {
         container_id: NAME.into(),
         exec_id: NAME.into(),
-        OCI: Some(Command::new(files::AGENT).arg("--version").spec(OWN_ROOT)).into(),
+        OCI: Some(Command::new(files::AGENT).arg("--version").spec(OWN_ROOT, 0)).into(),
         ..CreateContainerRequest::default()
     })?;
     let id = ProcessId { container: NAME.into(), exec: String::new() };

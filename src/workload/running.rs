@@ -190,7 +190,7 @@ impl Write for StreamWriter {
         let taken = self
             .agent
             .wait(self.limit, |agent| agent.write_process_stdin(&self.id, data))
-            .map_err(as_io)?;
+            .map_err(|e| self.not_taken(e))?;
         let taken = (taken as usize).min(piece.len());
         self.at_line = taken.checked_sub(1).map_or(self.at_line, |last| piece[last] == b'\n');
         Ok(taken)
@@ -198,6 +198,20 @@ impl Write for StreamWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl StreamWriter {
+    /// Our own agent says by its code that nobody reads; Kata's by texts of many kinds.
+    fn not_taken(&self, e: Error) -> io::Error {
+        match &e {
+            Error::Agent(agent::Error::Refused { code, .. })
+                if self.agent.own() && *code != ttrpc::Code::NOT_FOUND =>
+            {
+                io::Error::other(e)
+            }
+            _ => as_io(e),
+        }
     }
 }
 

@@ -15,7 +15,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
@@ -25,6 +24,7 @@ use crossbeam_channel::{after, bounded, Receiver, RecvTimeoutError, Sender};
 use super::Error;
 use crate::agent::{self, Agent};
 use crate::hypervisor::qemu::qmp::Qmp;
+use crate::transport::socket::connect_now;
 use crate::vm::Vm;
 use crate::worker::Worker;
 
@@ -190,12 +190,12 @@ impl Watched {
             Ok(_) | Err(agent::Error::Refused { .. }) => self.hear(),
             Err(_) => {}
         }
-        let gone = matches!(&answer, Err(agent::Error::Call { .. } | agent::Error::Connect { .. }))
-            && self.ended();
-        answer.map_err(|e| match self.given_up() {
-            Some(why) => why,
-            None if gone => Error::Ended { vm: self.vm.clone() },
-            None => Error::Agent(e),
+        answer.map_err(|e| match (self.given_up(), &e) {
+            (Some(why), _) => why,
+            (None, agent::Error::Call { .. } | agent::Error::Connect { .. }) if self.ended() => {
+                Error::Ended { vm: self.vm.clone() }
+            }
+            _ => Error::Agent(e),
         })
     }
 
@@ -207,7 +207,8 @@ impl Watched {
         };
         let deadline = Instant::now() + GOING;
         while Instant::now() < deadline {
-            if UnixStream::connect(&self.monitor).is_err_and(gone) {
+            // One that stands still takes no connection, and is there.
+            if connect_now(&self.monitor).is_err_and(gone) {
                 return true;
             }
             let _ = after(LOOKING).recv();

@@ -433,5 +433,20 @@ fn a_root_that_does_not_fit_is_told_before_it_is_sent_and_links_lead_in_the_root
     for part in ["do not fit", "VM of 256 MiB", "`--memory ", "--image"] {
         assert!(err.contains(part), "{part}: {err}");
     }
+    // All that a container with a root of its own can fill is full, and the VM lives.
+    d.wait_ready(1);
+    fs::remove_file(&big).unwrap();
+    let script = "mkdir -p /tmp; for to in / /dev /dev/shm /tmp; do
+            /bin/busybox dd if=/dev/zero of=$to/fill bs=1M 2>&1 | /bin/busybox grep -c 'No space'
+        done; echo alive";
+    let run = ["run", "--rootfs", root_text, "--", "/bin/busybox", "sh", "-c", script];
+    assert_eq!(d.ok(&run), "1\n1\n1\n1\nalive\n");
+    assert!(Command::new("fallocate").args(["-l", "600M"]).arg(&big).status().unwrap().success());
+    // What it says helps.
+    let remedy = err.split("`--memory ").nth(1).and_then(|rest| rest.split('`').next()).unwrap();
+    d.wait_ready(1);
+    let run = ["run", "--memory", remedy, "--rootfs", root_text, "--"];
+    let size = d.ok(&[&run[..], &["/bin/busybox", "stat", "-c", "%s", "/big"]].concat());
+    assert_eq!(size.trim(), (600 << 20).to_string());
     assert_nothing_left(&d.quit().0);
 }

@@ -5,13 +5,14 @@
 mod bridge;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::libc::{SIGRTMAX, SIGRTMIN};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use vmcache::config::Config;
@@ -21,7 +22,7 @@ use vmcache::vm::attach::Image;
 use vmcache::workload::{Command, Error, Guest, Place, Running};
 
 use crate::conformance::{assert_walked, walk};
-use crate::daemon::{assert_nothing_left, feed, prepared, text, Daemon, Dir, Options};
+use crate::daemon::{assert_nothing_left, feed, prepared, text, wait_child, Daemon, Dir, Options};
 use crate::require_qemu;
 
 /// The initramfs with the double, which `tests/run` makes.
@@ -303,9 +304,78 @@ fn by_run(kata: Kata) {
     let mut rest = String::new();
     stdout.read_to_string(&mut rest).unwrap();
     assert_eq!((rest.as_str(), running.wait().unwrap().code()), ("term\n", Some(7)));
+    cells_by_run(kata, &d, &image);
     assert_nothing_left(&d.quit().0);
     // The bridge and the image are of this directory.
     drop(dir);
+}
+
+/// What streams may be, signals, limits of time and causes of errors, by `run`.
+fn cells_by_run(kata: Kata, d: &Daemon, image: &str) {
+    let command = |options: &[&str], script: &str| {
+        d.wait_ready(1);
+        let run = [&["run"], options, &["--image", image, "--", "sh", "-c", script]].concat();
+        d.command(&run)
+    };
+    let piped = |mut command: Program| {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    // A reader that goes, of one that ignores SIGPIPE.
+    let mut child = piped(command(&[], "trap '' PIPE; while :; do yes; done"));
+    let mut said = [0; 2];
+    child.stdout.take().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(wait_child(&mut child).code(), Some(kata.killed(9)));
+    // Full, and closed.
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let out = command(&[], "echo out; exit 3").stdout(full).output().unwrap();
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains("os error 28"), "{err}");
+    let closed = command(&[], "echo out; exit 3");
+    let mut shell = Program::new("sh");
+    shell.args(["-c", "exec \"$@\" >&-", "sh"]).arg(closed.get_program()).args(closed.get_args());
+    let given = closed.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    let out = shell.envs(given).output().unwrap();
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains("standard output"), "{err}");
+    // Nobody's input.
+    let out = feed(command(&["-n"], "wc -c"), b"input");
+    assert_eq!((out.status.code(), text(&out.stdout).trim()), (Some(0), "0"));
+    // Non-blocking, and nothing there for a while.
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut waits = command(&[], "wc -c");
+    waits.stdin(std::os::fd::OwnedFd::from(ours)).stdout(Stdio::piped());
+    let mut child = waits.spawn().unwrap();
+    // What it was given stays open in what made it.
+    drop(waits);
+    thread::sleep(Duration::from_secs(1));
+    theirs.write_all(b"late").unwrap();
+    drop(theirs);
+    let mut count = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut count).unwrap();
+    assert_eq!((wait_child(&mut child).code(), count.trim()), (Some(0), "4"));
+    // All signals that can be caught, two real-time ones.
+    let kept = [9, 19, 17, 23, 13, 20, 21, 22];
+    let all: Vec<i32> =
+        (1..=31).filter(|n| !kept.contains(n)).chain([SIGRTMIN(), SIGRTMAX()]).collect();
+    let traps: String = all.iter().map(|n| format!("trap 'echo got {n}' {n}; ")).collect();
+    let mut child = piped(command(&[], &format!("{traps} echo up; while :; do sleep 0.05; done")));
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "up");
+    for n in &all {
+        let sent = Program::new("kill").args([format!("-{n}"), child.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+        assert_eq!(lines.next().unwrap().unwrap(), format!("got {n}"));
+    }
+    child.kill().unwrap();
+    wait_child(&mut child);
+    // Time, and a cause.
+    let out = command(&["--timeout", "1"], "echo up; sleep 1000").output().unwrap();
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(124), "up\n".into()));
+    let out = command(&["-w", "/nowhere"], "true").output().unwrap();
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains("/nowhere"), "{err}");
 }
 
 #[test]

@@ -40,10 +40,34 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
     }
     // The root itself is as it was, too.
     let small = d.dir.0.join("small");
-    let made = "mkdir -p small/bin; cp $(command -v busybox) small/bin/; chmod 711 small; \
-                chown 7:8 small; tar -C small -cf small.tar .";
+    let made = "mkdir -p small/bin small/etc small/image; cp $(command -v busybox) small/bin/; \
+                cp small/bin/busybox small/bin/chown; touch small/mine; \
+                printf 'a:x:5\\nann:x:70:71::/home/a:\\n\\377:x:1:1::/:\\nann:x:1:1::/:\\n' > small/etc/passwd; \
+                printf 'g:x:90:ann\\n\\n80\\nh:x:91:b,ann\\n' > small/etc/group; \
+                chmod 711 small; chown 7:8 small";
     let made = Command::new("sh").args(["-ec", made]).current_dir(&d.dir.0).status().unwrap();
     assert!(made.success());
+    let capability = [1, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    xattr::set(small.join("bin/chown"), "security.capability", &capability).unwrap();
+    let made = "tar --xattrs --xattrs-include='*' -C small -cf small.tar .; zstd -q small.tar; \
+                xz -k small.tar; gzip -k small.tar; \
+                echo [] > manifest.json; tar -cf saved.tar manifest.json small.tar";
+    let made = Command::new("sh").args(["-ec", made]).current_dir(&d.dir.0).status().unwrap();
+    assert!(made.success());
+    // By its own passwd and group, with lines that are none; capabilities of a file's.
+    for ending in ["tar", "tar.zst", "tar.xz", "tar.gz"] {
+        d.wait_ready(1);
+        let root = small.with_extension(ending);
+        let script = "busybox id; chown 70 /mine && busybox stat -c %u /mine";
+        let run = ["run", "-u", "ann", "--rootfs", root.to_str().unwrap(), "-e", "PATH=/bin", "--"];
+        let out = d.ok(&[&run[..], &["/bin/busybox", "sh", "-c", script]].concat());
+        assert_eq!(out, "uid=70(ann) gid=71 groups=71,90(g),91(h)\n70\n", "{ending}");
+    }
+    // Layers are no root.
+    let saved = d.dir.0.join("saved.tar");
+    let out = d.output(&["run", "--rootfs", saved.to_str().unwrap(), "--", "true"]);
+    let err = text(&out.stderr);
+    assert!(out.status.code() == Some(125) && err.contains("docker export"), "{err}");
     for root in [small.clone(), small.with_extension("tar")] {
         d.wait_ready(1);
         let command = ["/bin/busybox", "stat", "-c", "%a %u:%g", "/"];

@@ -185,9 +185,48 @@ fn what_a_joined_exec_leaves_is_listed_by_its_name_and_can_be_ended() {
     let script = "echo out; sleep 79 & exit 3";
     let out = d.output(&["exec", "--timeout", "2", &id, "--", "sh", "-c", script]);
     assert_eq!((out.status.code(), text(&out.stdout)), (Some(3), "out\n".into()));
+    // Programs that cannot be executed, where exec joins: its start's errors as well.
+    for (program, ends) in [("nosuch", 127), ("/etc/passwd", 126), ("/etc/passwd/x", 126)] {
+        let out = d.output(&["exec", &id, "--", program]);
+        assert_eq!(out.status.code(), Some(ends), "{program}: {}", text(&out.stderr));
+    }
     // Whoever waits for a command hears that the VM has ended.
     d.ok(&["stop", &id]);
     assert_eq!(wait_child(&mut main).code(), Some(125));
+    assert_nothing_left(&d.quit().0);
+}
+
+/// From before the command is there until it runs: none is lost, and none ends this alone.
+#[test]
+fn a_signal_at_any_moment_of_the_start_reaches_the_command() {
+    let prepared = require_qemu!();
+    let d = Daemon::start(&Options::pool(&prepared, 2));
+    let id = d.ok(&["get"]).trim().to_string();
+    for (n, delay) in [0, 2, 5, 10, 15, 20, 30, 40, 60, 80, 100].into_iter().enumerate() {
+        let signal = [libc::SIGTERM, libc::SIGUSR1, SIGRTMAX()][n % 3];
+        let mut child = d.command(&["exec", &id, "--", "sleep", "300"]).spawn().unwrap();
+        // Before its main function a process has no handler for anything.
+        let caught = format!("/proc/{}/task", child.id());
+        wait_for("its thread for signals", || {
+            std::fs::read_dir(&caught).is_ok_and(|tasks| tasks.count() > 1)
+        });
+        std::thread::sleep(Duration::from_millis(delay));
+        send(child.id(), signal);
+        assert_eq!(wait_child(&mut child).code(), Some(128 + signal), "after {delay} ms");
+    }
+    for delay in [0, 30, 100] {
+        d.wait_ready(1);
+        let mut child = d.command(&["run", "--", "sleep", "300"]).spawn().unwrap();
+        let caught = format!("/proc/{}/task", child.id());
+        wait_for("its thread for signals", || {
+            std::fs::read_dir(&caught).is_ok_and(|tasks| tasks.count() > 1)
+        });
+        std::thread::sleep(Duration::from_millis(delay));
+        send(child.id(), libc::SIGINT);
+        assert_eq!(wait_child(&mut child).code(), Some(130), "after {delay} ms");
+    }
+    assert!(!d.ok(&["ps", &id]).contains("sleep 300"));
+    d.ok(&["stop", &id]);
     assert_nothing_left(&d.quit().0);
 }
 

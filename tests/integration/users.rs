@@ -105,12 +105,12 @@ fn a_full_guest_is_enospc_and_lives() {
         let size = mib(&format!("df -k {path} | awk 'END {{ print $2 }}'"));
         assert!(size.abs_diff(half) <= 1, "{path}: {size} of {half} MiB, grown with the VM");
     }
-    for path in ["/fill", "/tmp/fill", "/run/fill", "/dev/shm/fill"] {
+    for path in ["/fill", "/tmp/fill", "/run/fill", "/dev/shm/fill", "/dev/fill"] {
         let (ends, _, err) = sh(&format!("dd if=/dev/zero of={path} bs=1M"));
         assert!(ends == 1 && err.contains("No space left on device"), "{path}: {ends} {err}");
     }
     assert_eq!(sh("echo alive").1, "alive");
-    sh("rm -f /fill /tmp/fill /run/fill /dev/shm/fill");
+    sh("rm -f /fill /tmp/fill /run/fill /dev/shm/fill /dev/fill");
     // A great many small files fit; tests/soak makes as many as there can be.
     let (_, inodes, _) = sh("df -i / | awk 'END { print $2 }'");
     assert!(inodes.parse::<u64>().unwrap() > 100_000, "{inodes}");

@@ -8,11 +8,12 @@ use clap_mangen::roff::{roman, Roff};
 use super::manual::{item, paragraph, section};
 
 /// What a standard output or error may be, and what happens.
-const OUTPUTS: [(&str, &str); 9] = [
+const OUTPUTS: [(&str, &str); 10] = [
     ("file, pipe, socket, terminal", "Every byte arrives, in the order in which it was written to that stream. The order between the two streams is not kept."),
     ("pipe or socket whose reader goes", "The guest's end is closed at once: the command gets SIGPIPE by its next write, or EPIPE if it ignores the signal, and the exit code is its own (141 for the signal). An agent of Kata's cannot close it: there the command gets SIGPIPE, and SIGKILL when it writes on for 2 s."),
     ("FIFO with a name, whose reader goes", "The same, but when something is written: another reader may come."),
     ("FIFO without a reader that was opened for both", "What fits; then the command waits in its write."),
+    ("process left behind that holds it", "In a guest of Kata's agents it is waited for until it has been silent for 10 s; in one of our own, until it has closed it, or --timeout: when there was nothing for 1 s, the command's own code is told."),
     ("reader that stops", "The command waits in its write. --timeout holds nevertheless, and INT, TERM, HUP and QUIT: 5 s after they have ended the command, nobody is waited for any more. A command that ends by itself has its output waited for."),
     ("non-blocking", "As one that blocks. No flag of it is changed."),
     ("/dev/full, full disk", "One line on standard error, exit code 125. The command's end is closed, as for a reader that goes."),
@@ -32,10 +33,11 @@ const INPUTS: [(&str, &str); 8] = [
     ("directory, or an error when it is read", "The command's input is at its end. One line on standard error, exit code 125."),
 ];
 
-const SIGNALS: [(&str, &str); 5] = [
+const SIGNALS: [(&str, &str); 6] = [
     ("passed on", "All that can be caught, real-time ones included, from the command's start on; one that comes while it is being started waits for it, INT, TERM, HUP and QUIT at most 2 s."),
     ("ignored", "What this program was started to ignore, as by nohup or a script's &, stays ignored."),
     ("not passed on", "CHLD, URG, PIPE, and TSTP, TTIN, TTOU, by which a shell stops this program; WINCH with --tty, which changes the terminal's size instead."),
+    ("guests of Kata's agents", "The command is its namespace's first process: what it has no handler for does nothing to it, as in a container without an init. KILL ends it, and --timeout."),
     ("KILL, STOP", "Nobody can pass these on: vmcache kill sends them, as any other."),
     ("before there is a command", "One that ends a program ends this one, and a VM that was claimed for it."),
 ];

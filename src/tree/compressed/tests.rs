@@ -142,8 +142,16 @@ fn memory_is_bounded() {
     let e = Watched::new(&second[..]).read_to_end(&mut all).unwrap_err().to_string();
     assert!(e.contains("4294967295 bytes of memory"), "{e}");
 
-    // An index of many more blocks than there are: behind the header of an empty stream.
+    // Two windows in one block, the first small and the second of 4 GiB: none, as to xz.
     let empty = through("xz", &["-c"], b"");
+    let header = [0x02, 0x01, 0x21, 0x01, 0x00, 0x21, 0x01, 0x28];
+    let mut crc = flate2::Crc::new();
+    crc.update(&header);
+    let two = [&empty[..12], &header, &crc.sum().to_le_bytes(), &[1; 100]].concat();
+    let e = decompress(&two).unwrap_err().to_string();
+    assert!(e.contains("filters are not understood"), "{e}");
+
+    // An index of many more blocks than there are: behind the header of an empty stream.
     let index = [&empty[..12], &[0, 0xc1, 0xec, 0x97, 0xfc, 0xed, 0x20], &[0; 40]].concat();
     let e = decompress(&index).unwrap_err().to_string();
     assert!(e.contains("blocks, of at most 4194304"), "{e}");
@@ -154,6 +162,36 @@ fn memory_is_bounded() {
     for stream in [wide.clone(), [small, wide].concat()] {
         let e = decompress(&stream).unwrap_err().to_string();
         assert!(e.contains("268435456 bytes of memory"), "{e}");
+    }
+}
+
+/// What fills a medium's last block, for each format, of any length.
+#[test]
+fn zeros_behind_are_nothing_and_other_bytes_are_an_error() {
+    let content = text(5000);
+    for (program, args, format) in PROGRAMS {
+        let one = through(program, args, &content);
+        for zeros in [1, 2, 3, 4, 5, 511, 70_000] {
+            let filled = [&one[..], &vec![0; zeros]].concat();
+            assert!(decompress(&filled).unwrap() == (format, content.clone()), "{program} {zeros}");
+            assert!(decompress(&[&filled[..], b"x"].concat()).is_err(), "{program} {zeros}");
+        }
+        // Its next part behind them.
+        let twice = [&one[..], &[0; 8], &one].concat();
+        assert!(decompress(&twice).unwrap().1.len() == 10_000, "{program}");
+    }
+}
+
+/// A tar whose first name begins as another format does.
+#[test]
+fn a_tar_is_one_whatever_its_first_name() {
+    for name in ["]", "BZh9.txt", "LZIP", "PK\x03\x04", "QFI"] {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(0);
+        tar.append_data(&mut header, name, io::empty()).unwrap();
+        let bytes = tar.into_inner().unwrap();
+        assert!(decompress(&bytes).unwrap() == (Format::Plain, bytes), "{name}");
     }
 }
 
