@@ -273,6 +273,6 @@ fn next_input(chunk: &mut [u8]) -> Result<usize, Errno> {
 }
 
 /// Whether it is a terminal, and another job has it.
-fn in_background(fd: BorrowedFd<'_>) -> bool {
+pub fn in_background(fd: BorrowedFd<'_>) -> bool {
     tcgetpgrp(fd).is_ok_and(|front| front != getpgrp())
 }

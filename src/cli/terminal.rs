@@ -7,9 +7,9 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg, Termios};
-use nix::unistd::{getpgrp, tcgetpgrp};
 
 use super::output::{Failure, FAILED, USAGE};
+use super::streams::in_background;
 use crate::sys::terminal::window_size;
 
 /// Rows and columns; `None` when standard input is no terminal.
@@ -46,7 +46,7 @@ impl Terminal {
 
     /// Makes it raw again, after a shell has had it; not while another job has it.
     pub fn again(&self) {
-        if tcgetpgrp(io::stdin()).is_ok_and(|front| front == getpgrp()) {
+        if !in_background(io::stdin().as_fd()) {
             let _ = self.set_raw();
         }
     }

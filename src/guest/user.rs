@@ -43,6 +43,9 @@ pub fn identity(user: &User) -> Outcome<Identity> {
     }
     let mut found = resolve(&user.Username, &passwd, &database("/etc/group"))?;
     found.groups.extend(in_range("group", &user.AdditionalGids)?);
+    // Its own, too, as docker since 20.10.18: a set-group-id program does not take it away,
+    // where a file denies that group.
+    found.groups.push(found.gid);
     found.groups.sort_unstable();
     found.groups.dedup();
     found.groups.truncate(MAX_GROUPS);

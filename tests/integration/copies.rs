@@ -426,7 +426,7 @@ fn a_root_that_does_not_fit_is_told_before_it_is_sent_and_links_lead_in_the_root
 
     d.wait_ready(1);
     let big = root.join("big");
-    assert!(Command::new("fallocate").args(["-l", "600M"]).arg(&big).status().unwrap().success());
+    assert!(Command::new("fallocate").args(["-l", "200M"]).arg(&big).status().unwrap().success());
     let out = d.output(&["run", "--rootfs", root_text, "--", "/bin/busybox", "true"]);
     let err = text(&out.stderr);
     assert_eq!(out.status.code(), Some(125), "{err}");
@@ -441,12 +441,12 @@ fn a_root_that_does_not_fit_is_told_before_it_is_sent_and_links_lead_in_the_root
         done; echo alive";
     let run = ["run", "--rootfs", root_text, "--", "/bin/busybox", "sh", "-c", script];
     assert_eq!(d.ok(&run), "1\n1\n1\n1\nalive\n");
-    assert!(Command::new("fallocate").args(["-l", "600M"]).arg(&big).status().unwrap().success());
+    assert!(Command::new("fallocate").args(["-l", "200M"]).arg(&big).status().unwrap().success());
     // What it says helps.
     let remedy = err.split("`--memory ").nth(1).and_then(|rest| rest.split('`').next()).unwrap();
     d.wait_ready(1);
     let run = ["run", "--memory", remedy, "--rootfs", root_text, "--"];
     let size = d.ok(&[&run[..], &["/bin/busybox", "stat", "-c", "%s", "/big"]].concat());
-    assert_eq!(size.trim(), (600 << 20).to_string());
+    assert_eq!(size.trim(), (200 << 20).to_string());
     assert_nothing_left(&d.quit().0);
 }

@@ -313,7 +313,7 @@ fn by_run(kata: Kata) {
 /// What streams may be, signals, limits of time and causes of errors, by `run`.
 fn cells_by_run(kata: Kata, d: &Daemon, image: &str) {
     let command = |options: &[&str], script: &str| {
-        d.wait_ready(1);
+        d.wait_ready(2);
         let run = [&["run"], options, &["--image", image, "--", "sh", "-c", script]].concat();
         d.command(&run)
     };

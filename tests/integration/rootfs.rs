@@ -58,7 +58,7 @@ fn a_debian_root_runs_as_directory_and_as_tar() {
     for ending in ["tar", "tar.zst", "tar.xz", "tar.gz"] {
         d.wait_ready(1);
         let root = small.with_extension(ending);
-        let script = "busybox id; chown 70 /mine && busybox stat -c %u /mine";
+        let script = "busybox id; /bin/chown 70 /mine && busybox stat -c %u /mine";
         let run = ["run", "-u", "ann", "--rootfs", root.to_str().unwrap(), "-e", "PATH=/bin", "--"];
         let out = d.ok(&[&run[..], &["/bin/busybox", "sh", "-c", script]].concat());
         assert_eq!(out, "uid=70(ann) gid=71 groups=71,90(g),91(h)\n70\n", "{ending}");

@@ -215,7 +215,7 @@ fn a_signal_at_any_moment_of_the_start_reaches_the_command() {
         assert_eq!(wait_child(&mut child).code(), Some(128 + signal), "after {delay} ms");
     }
     for delay in [0, 30, 100] {
-        d.wait_ready(1);
+        d.wait_ready(2);
         let mut child = d.command(&["run", "--", "sleep", "300"]).spawn().unwrap();
         let caught = format!("/proc/{}/task", child.id());
         wait_for("its thread for signals", || {

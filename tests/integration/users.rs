@@ -32,23 +32,23 @@ fn users_in_all_forms_of_docker_run_u() {
     let who = "echo $(id -u) $(id -g) $(grep Groups /proc/self/status | cut -f2) $HOME";
     let run = |user: &str| d.output(&["exec", "-u", user, &id, "--", "sh", "-c", who]);
     for (user, is) in [
-        ("ann", "1000 1001 10 11 /tmp"),
-        ("1000", "1000 1001 10 11 /tmp"),
-        ("ann:wheel", "1000 10 /tmp"),
-        ("ann:4321", "1000 4321 /tmp"),
-        ("5:6", "5 6 /"),
-        ("5", "5 0 /"),
-        (":10", "0 10 /root"),
-        ("last", "77 88 /last"),
-        ("root", "0 0 10 /root"),
-        ("2147483647:2147483647", "2147483647 2147483647 /"),
+        ("ann", "1000 1001 10 11 1001 /tmp"),
+        ("1000", "1000 1001 10 11 1001 /tmp"),
+        ("ann:wheel", "1000 10 10 /tmp"),
+        ("ann:4321", "1000 4321 4321 /tmp"),
+        ("5:6", "5 6 6 /"),
+        ("5", "5 0 0 /"),
+        (":10", "0 10 10 /root"),
+        ("last", "77 88 88 /last"),
+        ("root", "0 0 0 10 /root"),
+        ("2147483647:2147483647", "2147483647 2147483647 2147483647 /"),
     ] {
         let out = run(user);
         let found = text(&out.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!((code(&out), found.as_str()), (0, is), "{user}: {}", text(&out.stderr));
     }
     let out = d.output(&["exec", &id, "--", "sh", "-c", who]);
-    assert_eq!(text(&out.stdout), "0 0 10 /root\n", "who names nobody is root, with its groups");
+    assert_eq!(text(&out.stdout), "0 0 0 10 /root\n", "who names nobody is root, with its groups");
     for (user, ends, says) in [
         ("4294967295", 2, "user 4294967295: a number of a user is 0 to 2147483647"),
         ("2147483648", 2, "2147483648"),
