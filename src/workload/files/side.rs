@@ -138,10 +138,8 @@ impl<'a> Side<'a> {
             (written, _) => written,
         };
         let Sink { out, failed, .. } = sink;
-        if let (Err(_), None) = (&written, &failed) {
-            self.kill();
-        }
-        // Its drop closes the guest's standard input.
+        // Its drop closes the guest's standard input. What this host could not go on with ends
+        // there in the middle: the guest's side takes back the file that it was at.
         drop(out.into_parts());
         let ended = self.finish(false);
         match (written, failed, ended) {
@@ -167,6 +165,7 @@ impl<'a> Side<'a> {
         }
         let code = match ended {
             Ok(code) => code,
+            Err(ended @ Error::Ended { .. }) => return Err(ended),
             Err(e) => {
                 self.kill();
                 let text = format!(
