@@ -19,6 +19,8 @@ use std::os::unix::fs::{symlink, DirBuilderExt, FileTypeExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use crossbeam_channel::after;
+use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sched::{unshare, CloneFlags};
@@ -32,6 +34,9 @@ use crate::worker::Worker;
 const MAKING: Duration = Duration::from_secs(10);
 /// Symbolic links on the way to one path.
 const MAX_LINKS: usize = 40;
+/// How often a mount that is busy is made read-only again, and the pause between.
+const BUSY_TRIES: u32 = 100;
+const BUSY: Duration = Duration::from_millis(5);
 
 /// What is to be seen.
 #[derive(Debug, Default)]
@@ -89,14 +94,8 @@ fn make(view: &View, dir: &Path) -> io::Result<OwnedFd> {
     let read_only = flags | MsFlags::MS_RDONLY;
     mount(Some("proc"), &proc, Some("proc"), read_only, none)
         .map_err(|e| during("mount /proc")(e.into()))?;
-    mount(
-        none,
-        dir,
-        none,
-        flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY,
-        none,
-    )
-    .map_err(|e| during("make the root directory read-only")(e.into()))?;
+    remount_read_only(dir, flags)
+        .map_err(|e| during("make the root directory read-only")(e.into()))?;
     std::env::set_current_dir(dir)?;
     pivot_root(".", ".").map_err(|e| during("change the root directory")(e.into()))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(|e| during("leave the host's files")(e.into()))?;
@@ -104,6 +103,21 @@ fn make(view: &View, dir: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Gives this thread mounts of its own, of which the host sees nothing.
+/// Makes a mount read-only; whoever still has it open for writing, as one that was forked
+/// meanwhile and has not executed its program, has it for a moment.
+fn remount_read_only(dir: &Path, flags: MsFlags) -> nix::Result<()> {
+    let none = None::<&str>;
+    let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    let mut tries = 0;
+    loop {
+        match mount(none, dir, none, flags, none) {
+            Err(Errno::EBUSY) if tries < BUSY_TRIES => tries += 1,
+            done => return done,
+        }
+        let _ = after(BUSY).recv();
+    }
+}
+
 fn separate() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)?;
     let none = None::<&str>;

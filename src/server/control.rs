@@ -224,6 +224,8 @@ impl Own {
         }
         let by = format!("pid {} of uid {}", peer.pid, peer.uid);
         let target = target.map_or(Target::Drained, |t| Target::Keep(t as usize));
+        // What comes behind the answer finds it so, however busy the driver is.
+        self.pool.drain(target == Target::Drained);
         self.pool.tell(Event::Target { target, by });
         succeed(ctx, sink, Empty::new());
     }

@@ -544,6 +544,8 @@ fn a_stranger_is_never_taken_for_the_claimer_whose_number_it_has() {
             }
         })
     };
+    // One that is being made would come back for a moment.
+    daemon.wait_ready(1);
     fs::write(daemon.dir.0.join("memory"), "1").unwrap();
     daemon.ok(&["resize", "0"]);
     wait_for("an empty pool", || daemon.status()["pool"]["ready"] == 0);
