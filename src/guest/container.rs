@@ -279,7 +279,7 @@ impl Container {
             let _ = fs::remove_file(&path);
         }
         let pid = pid.trim().parse().map_err(|_| Failure::internal("a stage told no pid"))?;
-        Ok((Process::adopt(pid, ends)?, starting))
+        Ok((Process::adopt(pid, ends, name != INIT)?, starting))
     }
 
     /// Kills what runs in it and takes it all away.

@@ -152,8 +152,8 @@ pub fn sessions(pids: Vec<i32>) -> Vec<(i32, i32)> {
 }
 
 impl Process {
-    /// Takes over a child that runs as `pid`.
-    pub fn adopt(pid: i32, ends: Ends) -> Outcome<Arc<Process>> {
+    /// Takes over a child that runs as `pid`, which `joined` a container or is its first.
+    pub fn adopt(pid: i32, ends: Ends, joined: bool) -> Outcome<Arc<Process>> {
         let child = Child::of(pid);
         let itself = match pidfd_open(pid) {
             Ok(itself) => Some(Arc::new(itself)),
@@ -177,7 +177,11 @@ impl Process {
                 let code = child.wait();
                 *lock(&waiter.code) = Some(code);
                 waiter.ended.notify_all();
-                waiter.forget(&sessions(everything()));
+                // A container's first process is hardly asked what it left: that goes with
+                // its container, and nobody's start has to wait for the look.
+                if joined {
+                    waiter.forget(&sessions(everything()));
+                }
                 // Its record may stay for long; files are few.
                 *lock(&waiter.program) = None;
                 drop(lock(&waiter.ends.stdin).take());
