@@ -231,7 +231,7 @@ pub struct Get {
 #[derive(Args, Debug)]
 pub struct Process {
     /// Set a variable of the command's environment; without a value, to the one that it
-    /// has here
+    /// has here, or to none
     #[arg(long, short, value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
     /// Working directory in the guest

@@ -17,7 +17,8 @@ use super::output::{Failure, FAILED, USAGE};
 use super::{print, Outcome};
 use crate::sys::streams::was_closed;
 use crate::tree::{Extracted, Stop};
-use crate::workload::{copy_in, copy_out, stream_in, stream_out, CopyPolicy};
+use crate::vm::Vm;
+use crate::workload::{copy_in, copy_out, stream_in, stream_out, CopyPolicy, Error};
 
 /// A tar stream on standard input or output.
 const STREAM: &str = "-";
@@ -75,8 +76,10 @@ fn copy_into(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Resu
         return Err(Failure::new(USAGE, "a tar stream does not come from a terminal"));
     }
     let stdin = io::stdin();
-    let mut stream = Patient { fd: stdin.as_fd(), stop };
-    with_guest(common, id, |g| Ok(stream_in(g, &mut stream, path, stop)?))
+    with_guest(common, id, |g| {
+        let mut stream = Patient { fd: stdin.as_fd(), stop, of: Some(g.vm()) };
+        Ok(stream_in(g, &mut stream, path, stop)?)
+    })
 }
 
 fn copy_from(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Result<(), Failure> {
@@ -101,7 +104,7 @@ fn copy_from(common: &Common, c: &Cp, id: &str, path: &str, stop: &Stop) -> Resu
         }
         true => {
             let stdout = io::stdout();
-            let stream = Patient { fd: stdout.as_fd(), stop };
+            let stream = Patient { fd: stdout.as_fd(), stop, of: None };
             let mut out = io::BufWriter::with_capacity(PIPE_BUF, stream);
             with_guest(common, id, |g| Ok(stream_out(g, path, &mut out, &policy, stop)?))?
         }
@@ -126,10 +129,12 @@ fn warn(copied: &Extracted) {
 }
 
 /// A standard stream of this process: one that is non-blocking and has nothing yet, or takes
-/// nothing yet, is waited for, and so is none once a signal has asked for the end.
+/// nothing yet, is waited for, and so is none once a signal has asked for the end, or the VM
+/// that it is for has ended.
 struct Patient<'a> {
     fd: BorrowedFd<'a>,
     stop: &'a Stop,
+    of: Option<&'a Vm>,
 }
 
 impl Patient<'_> {
@@ -137,7 +142,12 @@ impl Patient<'_> {
         loop {
             self.stop.check().map_err(io::Error::other)?;
             match poll(&mut [PollFd::new(self.fd, what)], PollTimeout::from(LOOK)) {
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(0) | Err(nix::errno::Errno::EINTR) => match self.of {
+                    Some(vm) if !vm.alive() => {
+                        return Err(io::Error::other(Error::Ended { vm: vm.id().to_string() }))
+                    }
+                    _ => {}
+                },
                 Ok(_) => return Ok(()),
                 Err(e) => return Err(e.into()),
             }
@@ -203,8 +213,8 @@ mod tests {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let stop = Stop::default();
         let (mut from, mut to) = (
-            Patient { fd: reader.as_fd(), stop: &stop },
-            Patient { fd: writer.as_fd(), stop: &stop },
+            Patient { fd: reader.as_fd(), stop: &stop, of: None },
+            Patient { fd: writer.as_fd(), stop: &stop, of: None },
         );
         let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 251) as u8).collect();
         let mut seen = vec![0; bytes.len()];

@@ -29,6 +29,7 @@ mod streams;
 mod template;
 mod terminal;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use args::{Cli, Command, Common, Factory, Json, Template};
@@ -46,11 +47,12 @@ pub type Outcome = Result<u8, Failure>;
 /// Parses, dispatches, reports; the exit code.
 pub fn main() -> u8 {
     let args = proxy::as_clap_takes_them(std::env::args_os().collect());
-    let cli = match <Cli as clap::Parser>::try_parse_from(args) {
+    let cli = match <Cli as clap::Parser>::try_parse_from(&args) {
         Ok(cli) => cli,
         // What it quotes may be another program's: names of files, for one.
         Err(e) if e.use_stderr() => {
-            print::usage(e.render().to_string());
+            let which = no_text(&args).filter(|_| e.kind() == clap::error::ErrorKind::InvalidUtf8);
+            print::usage(which.unwrap_or_else(|| e.render().to_string()));
             return output::USAGE;
         }
         Err(e) => return print::help(&e).map_or_else(|failure| failure.report(), |()| 0),
@@ -60,6 +62,12 @@ pub fn main() -> u8 {
         Ok(code) => code,
         Err(failure) => failure.report(),
     }
+}
+
+/// The first argument that is no text: clap does not say which it is.
+fn no_text(args: &[OsString]) -> Option<String> {
+    let (n, arg) = args.iter().enumerate().find(|(_, arg)| arg.to_str().is_none())?;
+    Some(format!("error: argument {n}, {arg:?}, is no UTF-8 text; only files' names need not be\n"))
 }
 
 /// Kata's `factory`: the cache's server when there is one, or else the template.

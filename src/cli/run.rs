@@ -98,8 +98,8 @@ fn command(p: &Process, terminal: Option<&Terminal>) -> Result<Command, Failure>
     Ok(command)
 }
 
-/// Sets a variable as docker's `-e` does: one without a value has this process's, if
-/// that has one.
+/// Sets a variable as docker's `-e` does: one without a value has this process's, and is taken
+/// back if that has none.
 fn variable(command: Command, pair: &str) -> Result<Command, Failure> {
     let (key, value) = match pair.split_once('=') {
         Some((key, value)) => (key, Some(value.to_string())),
@@ -115,7 +115,7 @@ fn variable(command: Command, pair: &str) -> Result<Command, Failure> {
     }
     Ok(match value {
         Some(value) => command.env(key, &value),
-        None => command,
+        None => command.env_remove(key),
     })
 }
 

@@ -46,9 +46,15 @@ impl Command {
     }
 
     /// Sets a variable of its environment, in place of an earlier value.
-    pub fn env(mut self, key: &str, value: &str) -> Command {
+    pub fn env(self, key: &str, value: &str) -> Command {
+        let mut command = self.env_remove(key);
+        command.env.push(format!("{key}={value}"));
+        command
+    }
+
+    /// Takes back a variable that was set.
+    pub fn env_remove(mut self, key: &str) -> Command {
         self.env.retain(|e| e.split_once('=').is_none_or(|(k, _)| k != key));
-        self.env.push(format!("{key}={value}"));
         self
     }
 

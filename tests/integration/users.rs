@@ -1,6 +1,8 @@
 //! Users, their streams and environment, and the guest's own memory and agent: what a
 //! command finds, whoever it runs as.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Output;
 use std::time::Duration;
 
@@ -73,15 +75,31 @@ fn users_in_all_forms_of_docker_run_u() {
     );
     assert_eq!((text(&out.stdout).as_str(), text(&out.stderr).as_str()), ("out\nin\n", "err\n"));
     // Its environment, as docker's.
-    let mut command =
-        d.command(&["exec", "-e", "A=1", "-e", "HERE", "-e", "NOT_HERE", "-e", "A=2"]);
+    let mut command = d.command(&[
+        "exec",
+        "-e",
+        "A=1",
+        "-e",
+        "HERE",
+        "-e",
+        "NOT_HERE=1",
+        "-e",
+        "NOT_HERE",
+        "-e",
+        "A=2",
+    ]);
     command.args(["-e", "EMPTY=", &id, "--", "sh", "-c", "env | grep -v ^PWD | sort"]);
     let out = command.env("HERE", "of the caller").env_remove("NOT_HERE").output().unwrap();
     let env = text(&out.stdout);
     let env: Vec<&str> = env.lines().filter(|l| !l.starts_with("PATH=")).collect();
     assert_eq!(env[..4], ["A=2", "EMPTY=", "HERE=of the caller", "HOME=/root"], "{env:?}");
+    assert!(!env.iter().any(|e| e.starts_with("NOT_HERE")), "{env:?}");
     let out = d.output(&["exec", "-e", "=x", &id, "--", "true"]);
     assert!(code(&out) == 2 && text(&out.stderr).contains("has no name"));
+    // An argument that is no text is told.
+    let mut command = d.command(&["exec", &id, "--", "echo"]);
+    let out = command.arg(OsStr::from_bytes(b"a\xff")).output().unwrap();
+    assert!(code(&out) == 2 && text(&out.stderr).contains("\"a\\xFF\", is no"), "{out:?}");
     // Its own name.
     let name =
         "h=$(hostname); grep -qw $h /etc/hosts && ping -c 1 -W 5 $h >/dev/null && echo found";
