@@ -151,7 +151,7 @@ impl Guest {
     /// # Errors
     /// [`Error::Agent`], and [`Error::Attach`]; the VM is then of no use.
     pub fn bind_root(&mut self, directory: &Path) -> Result<bool, Error> {
-        let details = self.agent.guest_details().map_err(Error::Agent)?;
+        let details = self.watched.call(|agent| agent.guest_details())?;
         if !details.agent_details.storage_handlers.iter().any(|h| h == NINE_P) {
             return Ok(false);
         }
@@ -215,7 +215,7 @@ impl Guest {
             devicePath: path,
             ..Interface::default()
         };
-        self.agent.update_interface(interface).map_err(Error::Agent)?;
+        self.watched.call(|agent| agent.update_interface(interface))?;
         self.attached.nics += 1;
         if let Some(gateway) = wanted.gateway {
             self.attached.routes.push(Route {
@@ -225,7 +225,8 @@ impl Guest {
                 ..Route::default()
             });
             // The call replaces all of them.
-            self.agent.update_routes(self.attached.routes.clone()).map_err(Error::Agent)?;
+            let routes = self.attached.routes.clone();
+            self.watched.call(|agent| agent.update_routes(routes))?;
         }
         self.attached.dns.extend(wanted.dns.iter().map(|ip| format!("nameserver {ip}")));
         Ok(())

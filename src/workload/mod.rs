@@ -189,12 +189,15 @@ impl Guest {
             dns: self.attached.dns(),
             ..CreateSandboxRequest::default()
         };
-        match self.agent.start_sandbox(sandbox) {
-            Err(agent::Error::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. }) | Ok(()) => {
+        match self.watched.call(|agent| agent.start_sandbox(sandbox)) {
+            Err(Error::Agent(agent::Error::Refused {
+                code: ttrpc::Code::ALREADY_EXISTS, ..
+            }))
+            | Ok(()) => {
                 self.sandbox.store(true, Ordering::SeqCst);
                 Ok(())
             }
-            Err(e) => Err(Error::Agent(e)),
+            failed => failed,
         }
     }
 
@@ -223,8 +226,9 @@ impl Guest {
             OCI: Some(spec).into(),
             ..CreateContainerRequest::default()
         };
-        self.agent.create_container(request).map_err(|e| self.start_error(e))?;
-        if let Err(e) = self.agent.start_container(container) {
+        let made = self.watched.call(|agent| agent.create_container(request));
+        made.map_err(|e| self.start_error(e))?;
+        if let Err(e) = self.watched.call(|agent| agent.start_container(container)) {
             let _ = self.remove(container);
             return Err(self.start_error(e));
         }
@@ -242,10 +246,11 @@ impl Guest {
     }
 
     /// Why a process was not started, in the words of the agent that did not.
-    fn start_error(&self, e: agent::Error) -> Error {
-        match self.vm.own_agent() {
-            true => start_error(e),
-            false => stock::start_error(e),
+    fn start_error(&self, e: Error) -> Error {
+        match e {
+            Error::Agent(e) if self.vm.own_agent() => start_error(e),
+            Error::Agent(e) => stock::start_error(e),
+            other => other,
         }
     }
 
@@ -269,17 +274,18 @@ impl Guest {
         if !self.vm.own_agent() {
             stock::adapt_process(&mut process)?;
         }
-        match self.agent.exec(&id, process) {
+        let started = self.watched.call(|agent| agent.exec(&id, process));
+        // Its command has ended, or it is gone: the root is still there.
+        let gone = match &started {
+            Err(Error::Agent(agent::Error::Refused { code, text, .. })) => {
+                *code == ttrpc::Code::FAILED_PRECONDITION
+                    || *code == ttrpc::Code::NOT_FOUND && text.contains("no container")
+            }
+            _ => false,
+        };
+        match started {
             Ok(()) => Ok(self.running(id, command)),
-            // Its command has ended, or it is gone: the root is still there.
-            Err(agent::Error::Refused { code: ttrpc::Code::FAILED_PRECONDITION, .. }) => {
-                self.launch(command, &anew, Vec::new())
-            }
-            Err(agent::Error::Refused { code: ttrpc::Code::NOT_FOUND, text, .. })
-                if text.contains("no container") =>
-            {
-                self.launch(command, &anew, Vec::new())
-            }
+            Err(_) if gone => self.launch(command, &anew, Vec::new()),
             Err(e) => Err(self.start_error(e)),
         }
     }
@@ -338,8 +344,7 @@ impl Guest {
     /// # Errors
     /// The agent's.
     pub fn list_processes(&self, format: ListFormat, args: &[String]) -> Result<Vec<u8>, Error> {
-        let listed = self.agent.process_list_container(&self.observed(), format, args);
-        listed.map_err(Error::Agent)
+        self.watched.call(|agent| agent.process_list_container(&self.observed(), format, args))
     }
 
     /// What they use.
@@ -347,7 +352,7 @@ impl Guest {
     /// # Errors
     /// The agent's.
     pub fn stats(&self) -> Result<StatsContainerResponse, Error> {
-        self.agent.stats_container(&self.observed()).map_err(Error::Agent)
+        self.watched.call(|agent| agent.stats_container(&self.observed()))
     }
 
     /// Where the workload's root is in the guest.

@@ -120,7 +120,7 @@ fn send(
         gid: seen.st_gid as i32,
         ..CopyFileRequest::default()
     };
-    let copy = |r: CopyFileRequest| guest.agent().copy_file(r).map_err(Error::Agent);
+    let copy = |r: CopyFileRequest| guest.watched.call(|agent| agent.copy_file(r));
     match walk::kind(&seen) {
         SFlag::S_IFDIR => {
             let opened = walk::open_directory(dir, name, &seen).map_err(failed)?;
