@@ -143,7 +143,7 @@ impl Patient<'_> {
             self.stop.check().map_err(io::Error::other)?;
             match poll(&mut [PollFd::new(self.fd, what)], PollTimeout::from(LOOK)) {
                 Ok(0) | Err(nix::errno::Errno::EINTR) => match self.of {
-                    Some(vm) if !vm.alive() => {
+                    Some(vm) if !vm.runs() => {
                         return Err(io::Error::other(Error::Ended { vm: vm.id().to_string() }))
                     }
                     _ => {}

@@ -64,10 +64,12 @@ pub fn main() -> u8 {
     }
 }
 
-/// The first argument that is no text: clap does not say which it is.
+/// The arguments that are no text: clap does not say which it means.
 fn no_text(args: &[OsString]) -> Option<String> {
-    let (n, arg) = args.iter().enumerate().find(|(_, arg)| arg.to_str().is_none())?;
-    Some(format!("error: argument {n}, {arg:?}, is no UTF-8 text; only files' names need not be\n"))
+    let bad = args.iter().filter(|arg| arg.to_str().is_none()).map(|arg| format!("{arg:?}"));
+    let bad: Vec<_> = bad.collect();
+    let text = "is no UTF-8 text; only files' names need not be";
+    (!bad.is_empty()).then(|| format!("error: {}, {text}\n", bad.join(", or ")))
 }
 
 /// Kata's `factory`: the cache's server when there is one, or else the template.

@@ -172,6 +172,11 @@ impl Vm {
         Ok(())
     }
 
+    /// Whether its QEMU runs, whatever has become of what serves it beside that.
+    pub fn runs(&self) -> bool {
+        self.process.alive()
+    }
+
     /// Whether QEMU runs, and what serves it.
     pub fn alive(&self) -> bool {
         self.process.alive() && self.attendants.iter().all(Attendant::alive)

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 /// Longer than any test takes on a busy machine: the longest boots VMs inside a VM, for at
 /// most 1800 s.
 const LONGEST: Duration = Duration::from_secs(1900);
-/// Environment variable: other seconds, to see it happen.
+/// Environment variable: other seconds, fewer to see it happen, more for `tests/soak`.
 const OTHER: &str = "VMCACHE_TEST_LONGEST";
 
 static RUNNING: Mutex<Vec<(String, Instant)>> = Mutex::new(Vec::new());

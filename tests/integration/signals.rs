@@ -258,11 +258,10 @@ fn what_is_ignored_stays_so_and_a_vms_end_is_told() {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     assert_eq!(line(&mut BufReader::new(child.stdout.take().unwrap())), "up");
     // So does a copy whose standard input says nothing.
-    let before = d.ok(&["ps", &id]).lines().count();
     let mut copy = d.command(&["cp", "-", &format!("{id}:/tmp")]);
     let mut copy = copy.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let _held = copy.stdin.take();
-    wait_for("the copy's other side", || d.ok(&["ps", &id]).lines().count() > before);
+    wait_for("the copy's other side", || d.ok(&["ps", &id]).contains(" put "));
     d.ok(&["stop", &id]);
     let out = copy.wait_with_output().unwrap();
     let err = text(&out.stderr);
